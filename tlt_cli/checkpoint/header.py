@@ -205,7 +205,7 @@ def _tensor(name: str, entry: object, file: str, origin: int) -> TensorInfo:
     begin, end = offsets
     if begin > end:
         raise TltError(f"{where} begins at {begin}, after its end at {end}")
-    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    bits = _elements(shape, where) * DTYPE_BITS[dtype]
     if bits != (end - begin) * 8:
         wanted = f"{bits // 8} bytes" if bits % 8 == 0 else f"{bits} bits, not whole bytes"
         raise TltError(
@@ -243,6 +243,16 @@ def _check_contiguous(
             f"{file}: {data_size - expected} trailing bytes behind {before}; "
             f"the header describes {expected} of {data_size} bytes"
         )
+
+
+def _elements(shape: list[int], where: str) -> int:
+    """The product of a shape; stops early, since a hostile one has millions of huge dims."""
+    product = 1
+    for dim in shape:
+        product *= dim
+        if product > _MAX_DIM:
+            raise TltError(f"{where} has shape {_short(shape)}, whose product overflows 63 bits")
+    return product
 
 
 def _natural_numbers(value: object) -> bool:
