@@ -30,6 +30,10 @@ class OpenFiles:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
 
+    def path(self, file: str) -> Path:
+        """Where the file lies, for messages."""
+        return self._paths[file]
+
     def size(self, file: str) -> int:
         """The file's bytes when it was opened."""
         self._descriptor(file)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tlt_cli.checkpoint.strict_json import shortened, strict_json_object
 from tlt_cli.errors import TltError
 
 # In the order of the format's own enumeration: its writer sorts by this order, descending, so that
@@ -68,7 +69,9 @@ def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
     """
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8:
-        raise TltError(f"{dtype} {list(shape)} takes {bits} bits, which is not a whole number of bytes")
+        raise TltError(
+            f"{dtype} {list(shape)} takes {bits} bits, which is not a whole number of bytes"
+        )
     return bits // 8
 
 
@@ -111,40 +114,6 @@ def parse_header(
     return {tensor.name: tensor for tensor in found}, metadata
 
 
-def strict_json_object(raw: bytes, file: str) -> dict[str, Any]:
-    """A JSON object as a dict; duplicate keys, NaN and unpaired surrogates are errors."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            seen: set[str] = set()
-            repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise TltError(f"{file}: {repeated!r} occurs twice; every name must be unique")
-        return result
-
-    def refuse_constant(constant: str) -> None:
-        raise TltError(f"{file}: not valid JSON: {constant} is not a JSON number")
-
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise TltError(f"{file}: not valid UTF-8 at byte {error.start} of the JSON") from None
-    try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # an escaped lone surrogate fails here
-    except TltError:
-        raise
-    except UnicodeEncodeError:
-        raise TltError(f"{file}: a name holds an unpaired surrogate, which UTF-8 lacks") from None
-    except RecursionError:
-        raise TltError(f"{file}: not valid JSON: nested too deeply") from None
-    except ValueError as error:
-        raise TltError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise TltError(f"{file}: the JSON must be an object, not {_short(value)}")
-    return value
-
-
 def build_header(
     tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
@@ -181,10 +150,10 @@ def build_header(
 
 def _metadata(value: object, file: str) -> dict[str, str]:
     if not isinstance(value, dict):
-        raise TltError(f"{file}: __metadata__ must be an object of strings, not {_short(value)}")
+        raise TltError(f"{file}: __metadata__ must be an object of strings, not {shortened(value)}")
     for key, text in value.items():
         if not isinstance(text, str):
-            raise TltError(f"{file}: __metadata__ {key!r} must be a string, not {_short(text)}")
+            raise TltError(f"{file}: __metadata__ {key!r} must be a string, not {shortened(text)}")
     return value
 
 
@@ -192,16 +161,16 @@ def _tensor(name: str, entry: object, file: str, origin: int) -> TensorInfo:
     """One entry of the JSON, checked by itself."""
     where = f"{file}: tensor {name!r}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        found = sorted(entry) if isinstance(entry, dict) else _short(entry)
+        found = sorted(entry) if isinstance(entry, dict) else shortened(entry)
         raise TltError(f"{where} must have dtype, shape and data_offsets, but has {found}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         known = ", ".join(DTYPE_BITS)
-        raise TltError(f"{where} has unknown dtype {_short(dtype)}; known are {known}")
+        raise TltError(f"{where} has unknown dtype {shortened(dtype)}; known are {known}")
     if not _natural_numbers(shape):
-        raise TltError(f"{where} has shape {_short(shape)}; wanted a list of integers from 0 up")
+        raise TltError(f"{where} has shape {shortened(shape)}; wanted a list of integers from 0 up")
     if not _natural_numbers(offsets) or len(offsets) != 2:
-        raise TltError(f"{where} has data_offsets {_short(offsets)}; wanted [begin, end]")
+        raise TltError(f"{where} has data_offsets {shortened(offsets)}; wanted [begin, end]")
     begin, end = offsets
     if begin > end:
         raise TltError(f"{where} begins at {begin}, after its end at {end}")
@@ -209,7 +178,7 @@ def _tensor(name: str, entry: object, file: str, origin: int) -> TensorInfo:
     if bits != (end - begin) * 8:
         wanted = f"{bits // 8} bytes" if bits % 8 == 0 else f"{bits} bits, not whole bytes"
         raise TltError(
-            f"{where} is {dtype} {_short(shape)} = {wanted}, "
+            f"{where} is {dtype} {shortened(shape)} = {wanted}, "
             f"but data_offsets {begin}..{end} hold {end - begin} bytes"
         )
     return TensorInfo(name, dtype, tuple(shape), file, origin + begin, end - begin)
@@ -251,7 +220,7 @@ def _elements(shape: list[int], where: str) -> int:
     for dim in shape:
         product *= dim
         if product > _MAX_DIM:
-            raise TltError(f"{where} has shape {_short(shape)}, whose product overflows 63 bits")
+            raise TltError(f"{where} has shape {shortened(shape)}, whose product overflows 63 bits")
     return product
 
 
@@ -259,8 +228,3 @@ def _natural_numbers(value: object) -> bool:
     return isinstance(value, list) and all(
         type(number) is int and 0 <= number <= _MAX_DIM for number in value
     )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,112 @@
+"""A checkpoint whose headers are known and whose tensors are still in their files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tlt_cli.checkpoint.files import OpenFiles
+from tlt_cli.checkpoint.header import TensorInfo
+from tlt_cli.errors import TltError
+
+if TYPE_CHECKING:
+    import torch
+
+_HASHING_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Named tensors, still on disk, with everything that the headers say.
+
+    `location` is the local folder or file, None where only the headers of a remote repository were
+    read; `repository` and `revision` (a commit) are set for sources on the hub. `tensors` are in
+    the order of their bytes, shard after shard.
+    """
+
+    source: str
+    location: Path | None
+    config: dict[str, Any] | None
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    shards: tuple[str, ...]
+    companions: tuple[Path, ...]
+    lineage: dict[str, Any] | None
+    repository: str | None = None
+    revision: str | None = None
+    card: str | None = field(default=None, repr=False)
+    _files: OpenFiles | None = field(default=None, repr=False, compare=False)
+    _digests: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor, in memory of its own. Threads may read at the same time."""
+        info = self._info(name)
+        return self._read(info, info.shape, 0, info.nbytes)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of the leading dim, [stop - start, ...]; no other bytes are read."""
+        info = self._info(name)
+        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+            raise TltError(f"{name} {list(info.shape)} has no rows {start}:{stop}")
+        row_bits = info.nbytes * 8 // max(info.shape[0], 1)
+        if row_bits % 8:
+            raise TltError(f"{name} {info.dtype} {list(info.shape)}: rows end within a byte")
+        begin, length = start * (row_bits // 8), (stop - start) * (row_bits // 8)
+        return self._read(info, (stop - start, *info.shape[1:]), begin, length)
+
+    def read_bytes(self, name: str, offset: int, length: int) -> bytes:
+        """`length` bytes of the tensor from its byte `offset` on."""
+        info = self._info(name)
+        if not 0 <= offset <= offset + length <= info.nbytes:
+            raise TltError(f"{name} holds {info.nbytes} bytes, not {offset}:{offset + length}")
+        return self._open_files().read(info.file, info.start + offset, length)
+
+    def digest(self) -> str:
+        """sha256 of the weight file; of several shards, of what `sha256sum SHARDS` prints, sorted.
+
+        Sources on the hub answer with the digests that the hub lists, without a download.
+        """
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        digests = dict(self._digests)
+        unknown = [shard for shard in self.shards if shard not in digests]
+        if unknown:
+            files = self._open_files()
+            with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+                digests.update(zip(unknown, pool.map(files.sha256, unknown), strict=True))
+        if len(self.shards) == 1:
+            return digests[self.shards[0]]
+        lines = "".join(f"{digests[shard]}  {shard}\n" for shard in sorted(self.shards))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    def _read(
+        self, info: TensorInfo, shape: tuple[int, ...], begin: int, length: int
+    ) -> torch.Tensor:
+        import torch
+
+        from tlt_cli.checkpoint.cast import memory, torch_dtype, torch_shape
+
+        files = self._open_files()
+        tensor = torch.empty(torch_shape(info.dtype, shape), dtype=torch_dtype(info.dtype))
+        assert tensor.numel() * tensor.element_size() == length
+        files.read_into(info.file, info.start + begin, memory(tensor))
+        return tensor
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            near = get_close_matches(name, self.tensors, n=3) or list(self.tensors)[:3]
+            raise TltError(f"{self.source} has no tensor {name!r}; the nearest are {near}")
+        return self.tensors[name]
+
+    def _open_files(self) -> OpenFiles:
+        if self._files is None:
+            raise TltError(f"{self.source}: only its headers were read; its values are on the hub")
+        return self._files

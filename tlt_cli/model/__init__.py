@@ -1,0 +1,1 @@
+"""Running a checkpoint: its description, the decoder, text, perplexity and generation."""

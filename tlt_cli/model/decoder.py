@@ -1,0 +1,381 @@
+"""One decoder for every family: what a block computes is data, the weights keep the checkpoint's own names.
+
+This file needs torch and nothing else. The shapes that the docstrings use: B sequences of T tokens, S keys seen so
+far (S = T without a cache), hidden entries H, heads of D entries, V words in the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Fetch = Callable[[str], Tensor]
+FetchRows = Callable[[str, Tensor], Tensor]
+
+HEAD_ROWS = 16384  # words of the vocabulary whose logits are computed at a time
+STEM = ("embedding", "positions", "final_norm", "head")
+NORMS = ("attention_norm", "query_norm", "key_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm", "final_norm")
+
+
+def _tanh_gelu(x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "swish": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_new": _tanh_gelu,
+    "gelu_pytorch_tanh": _tanh_gelu,
+    "relu": functional.relu,
+}
+
+
+class Cache:
+    """Keys and values of the tokens seen so far, per layer [B, kv heads, S, D]: the next token needs only itself."""
+
+    def __init__(self, layers: int) -> None:
+        self.length = 0
+        self._seen: list[tuple[Tensor, Tensor] | None] = [None] * layers
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append this step's keys and values, [B, kv heads, T, D] each; returns all of them, S = old + T long."""
+        seen = self._seen[layer]
+        if seen is not None:
+            key, value = torch.cat([seen[0], key], dim=2), torch.cat([seen[1], value], dim=2)
+        self._seen[layer] = (key, value)
+        return key, value
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers of one forward pass share: the first position, the rotations, the masks, the cache."""
+
+    start: int
+    length: int
+    rotations: dict[str, tuple[Tensor, Tensor]]
+    cache: Cache | None = None
+    masks: dict[tuple[int | None, bool], Tensor | None] = field(default_factory=dict)
+
+    def mask(self, window: int | None, device: torch.device, always: bool) -> Tensor | None:
+        """[T, S], True where a query may look: backwards, and no further than the window, itself included.
+
+        None where the kernel's own causal rule says the same, unless `always` asks for the mask itself.
+        """
+        total = self.start + self.length
+        window = None if window is None or window >= total else window
+        if (window, always) not in self.masks:
+            plain = window is None and (self.start == 0 or self.length == 1)
+            if plain and not always:
+                self.masks[window, always] = None
+            else:
+                query = torch.arange(self.start, total, device=device)[:, None]
+                key = torch.arange(total, device=device)[None, :]
+                seen = key <= query
+                self.masks[window, always] = seen if window is None else seen & (key > query - window)
+        return self.masks[window, always]
+
+
+def frequencies(rope: dict[str, Any], head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Angle per position of each pair, [D / 2]: theta^(-2i / D) (RoPE, arXiv:2104.09864), scaled as the set says.
+
+    "linear" divides all by a factor (arXiv:2306.15595); "llama3" divides long waves only, with a ramp between.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).to(device, dtype) / head_dim
+    plain: Tensor = 1.0 / (rope["theta"] ** exponent)
+    if rope["type"] == "default":
+        return plain
+    if rope["type"] == "linear":
+        return plain / rope["factor"]
+    if rope["type"] != "llama3":
+        raise ValueError(f"rotary scaling of the type {rope['type']!r} is not known here")
+    turns = rope["original_positions"] * plain / (2 * math.pi)  # full turns within the context first trained on
+    low, high = rope["low_turns"], rope["high_turns"]
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return plain * (kept + (1.0 - kept) / rope["factor"])
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn entry i against entry i + D/2 by its position's angle. x [B, heads, T, D], cosines and sines [T, D/2]."""
+    cosine, sine = rotation
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+
+
+class Decoder(nn.Module):
+    """A causal language model as its description says: ids [B, T] in, logits [B, T, V] out.
+
+    `description` is plain data, as `describe` makes it. All parameters are named as in the checkpoint's file and kept
+    as stored there, fused and transposed ones too, so `load_state_dict` takes a file's tensors as they are. Every use
+    of a weight goes through `weight` or `rows`: a streaming decoder holds none and fetches each one there.
+    """
+
+    def __init__(
+        self,
+        description: dict[str, Any],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.description = description
+        self.observe: Callable[[str, int, Tensor], None] | None = None  # sees role, layer and input of every linear
+        self._fetch: Fetch | None = None
+        self._fetch_rows: FetchRows | None = None
+        self._like = torch.empty(0, device=device, dtype=dtype)
+        self._held: tuple[str, Tensor] | None = None
+        self._leaves: dict[str, tuple[nn.Module, str]] = {}
+        for name, shape in self._shapes():
+            self._add(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self._act = ACTIVATIONS[description["activation"]]
+        if self._like.device.type != "meta":
+            self.initialize()
+
+    @classmethod
+    def stream(
+        cls,
+        description: dict[str, Any],
+        fetch: Fetch,
+        fetch_rows: FetchRows | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Decoder:
+        """A decoder without weights: `fetch(name)` brings a tensor just before its use, and it is dropped after.
+
+        `fetch_rows(name, ids)` brings rows of a matrix alone: the embeddings of the words in use, the head in chunks.
+        Memory is one tensor and the activations. Such a decoder cannot be trained.
+        """
+        decoder = cls(description, device="meta", dtype=dtype)
+        decoder._fetch, decoder._fetch_rows = fetch, fetch_rows
+        decoder._like = torch.empty(0, device=device, dtype=dtype)
+        return decoder
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids must be."""
+        return self._like.device if self._fetch is not None else next(self.parameters()).device
+
+    @property
+    def longest(self) -> int | None:
+        """The number of positions the model has; None where any length runs."""
+        limits = [self.description["positions"], *(rope.get("limit") for rope in self.description["ropes"].values())]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def initialize(self, deviation: float = 0.02, generator: torch.Generator | None = None) -> None:
+        """Start values for training from nothing: normal matrices, unit gains, zero biases."""
+        roles = self.description["roles"]
+        norms = {roles[role]["name"].format(layer=layer) for role in NORMS if role in roles for layer in self._layers()}
+        gain = 1.0 - self.description["gain_offset"]
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                module, _, kind = name.rpartition(".")
+                if kind == "bias":
+                    parameter.zero_()
+                elif module in norms:
+                    parameter.fill_(gain)
+                else:
+                    parameter.normal_(0.0, deviation, generator=generator)
+
+    # --- weights -----------------------------------------------------------------------------------------------
+
+    def weight(self, name: str) -> Tensor:
+        """A stored tensor by its name in the file: the parameter itself, or fetched for this use."""
+        if self._fetch is None:
+            module, leaf = self._leaves[name]
+            return getattr(module, leaf)  # type: ignore[no-any-return]
+        if self._held is not None and self._held[0] == name:
+            return self._held[1]
+        self._held = None if not name.endswith(".bias") else self._held  # room first, then the next tensor
+        tensor = self._fetch(name).to(self._like)
+        if tensor.dim() > 1:
+            self._held = (name, tensor)  # query, key and value may be one fused tensor, read three times in a row
+        return tensor
+
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """Rows `ids` [...] of a stored matrix [rows, H] -> [..., H]."""
+        if self._fetch_rows is None:
+            return functional.embedding(ids, self.weight(name))
+        self._held = None
+        wanted, inverse = ids.unique(return_inverse=True)
+        return self._fetch_rows(name, wanted).to(self._like)[inverse]
+
+    def linear(self, x: Tensor, role: str, layer: int) -> Tensor:
+        """One of a block's linears: x [B, T, in] -> [B, T, out]."""
+        if self.observe is not None:
+            self.observe(role, layer, x)
+        spot = self.description["roles"][role]
+        name = spot["name"].format(layer=layer)
+        weight = self.weight(f"{name}.weight")
+        bias = self.weight(f"{name}.bias") if spot["bias"] else None
+        weight = weight.T if spot["transposed"] else weight
+        if spot["part"] is not None:
+            size = weight.shape[0] // spot["parts"]
+            piece = slice(spot["part"] * size, (spot["part"] + 1) * size)
+            weight, bias = weight[piece], bias if bias is None else bias[piece]
+        return functional.linear(x, weight, bias)
+
+    def normalize(self, x: Tensor, role: str, layer: int = 0) -> Tensor:
+        """x [..., n] with unit root-mean-square (arXiv:1910.07467) or unit variance, times the gain; dtype kept."""
+        spot, epsilon = self.description["roles"][role], self.description["epsilon"]
+        name, offset = spot["name"].format(layer=layer), self.description["gain_offset"]
+        gain = self.weight(f"{name}.weight")
+        bias = self.weight(f"{name}.bias") if spot["bias"] else None
+        if self.description["norm"] == "layer":
+            gain = gain + offset if offset else gain
+            return functional.layer_norm(x, (x.shape[-1],), gain, bias, epsilon)
+        wide = x if x.dtype == torch.float64 else x.float()
+        unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+        # where gains are stored as 1 + w the sum needs the wide type: near 1 a bfloat16 loses most of w
+        scaled = (unit * (offset + gain.to(wide.dtype))).to(x.dtype) if offset else gain * unit.to(x.dtype)
+        return scaled if bias is None else scaled + bias
+
+    # --- the pass ----------------------------------------------------------------------------------------------
+
+    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits [B, T, V] of ids [B, T]; with a cache the ids continue what it has seen."""
+        step = self.begin(ids.shape[1], cache)
+        x = self.embed(ids, step)
+        for layer in self._layers():
+            x = self.block(x, layer, step)
+        if cache is not None:
+            cache.length += ids.shape[1]
+        return self.logits(x)
+
+    def new_cache(self) -> Cache:
+        """An empty cache for this decoder."""
+        return Cache(self.description["layers"])
+
+    def begin(self, length: int, cache: Cache | None = None) -> Step:
+        """What `embed` and every `block` of a pass over T = `length` tokens share."""
+        start = 0 if cache is None else cache.length
+        if self.longest is not None and start + length > self.longest:
+            raise ValueError(f"{start + length} tokens, but this model has {self.longest} positions")
+        like = self._like if self._fetch is not None else next(self.parameters())
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        positions = torch.arange(start, start + length, device=like.device).to(wide)
+        rotations = {}
+        for name, rope in self.description["ropes"].items():
+            angles = positions[:, None] * frequencies(rope, self.description["head_dim"], wide, like.device)
+            rotations[name] = angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+        return Step(start, length, rotations, cache)
+
+    def embed(self, ids: Tensor, step: Step) -> Tensor:
+        """ids [B, T] -> the residual stream [B, T, H], learned positions included."""
+        roles = self.description["roles"]
+        x = self.rows(roles["embedding"]["name"] + ".weight", ids)
+        if self.description["embedding_scale"] is not None:
+            x = x * torch.tensor(self.description["embedding_scale"], dtype=x.dtype, device=x.device)
+        if "positions" in roles:
+            where = torch.arange(step.start, step.start + step.length, device=ids.device)
+            x = x + self.rows(roles["positions"]["name"] + ".weight", where)
+        return x
+
+    def block(self, x: Tensor, layer: int, step: Step) -> Tensor:
+        """One layer: the residual stream [B, T, H] in and out."""
+        roles = self.description["roles"]
+        attended = self.attention(self.normalize(x, "attention_norm", layer), layer, step)
+        x = x + (self.normalize(attended, "attention_post_norm", layer) if "attention_post_norm" in roles else attended)
+        read = self.normalize(x, "ffn_norm", layer)
+        if "gate" in roles:
+            inner = self._act(self.linear(read, "gate", layer)) * self.linear(read, "up", layer)
+        else:
+            inner = self._act(self.linear(read, "up", layer))
+        written = self.linear(inner, "down", layer)
+        return x + (self.normalize(written, "ffn_post_norm", layer) if "ffn_post_norm" in roles else written)
+
+    def attention(self, x: Tensor, layer: int, step: Step) -> Tensor:
+        """Attention where `heads / kv_heads` queries share a key and a value (GQA, arXiv:2305.13245). x [B, T, H]."""
+        data = self.description
+        query, key, value = (
+            self.linear(x, role, layer).unflatten(-1, (-1, data["head_dim"])).transpose(1, 2)
+            for role in ("query", "key", "value")
+        )  # [B, heads or kv heads, T, D]
+        if "query_norm" in data["roles"]:
+            query = self.normalize(query, "query_norm", layer)
+        if "key_norm" in data["roles"]:
+            key = self.normalize(key, "key_norm", layer)
+        if data["rotary"][layer] is not None:
+            rotation = step.rotations[data["rotary"][layer]]
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        if step.cache is not None:
+            key, value = step.cache.extend(layer, key, value)
+        group = data["heads"] // data["kv_heads"]
+        if group > 1:
+            key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+        softcap, scale = data["attention_softcap"], data["softmax_scale"][layer]
+        mask = step.mask(data["window"][layer], x.device, always=softcap is not None)
+        if softcap is None:
+            causal = mask is None and step.length > 1
+            mixed = functional.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale)
+        else:
+            scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
+            scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            mixed = scores.softmax(dim=-1, dtype=wide).to(x.dtype) @ value
+        return self.linear(mixed.transpose(1, 2).flatten(2), "output", layer)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The residual stream [B, T, H] -> logits [B, T, V], a chunk of the vocabulary at a time."""
+        data = self.description
+        x = self.normalize(x, "final_norm")
+        spot = data["roles"]["embedding" if data["tied"] else "head"]
+        name, vocab = spot["name"] + ".weight", data["vocab"]
+        bias = self.weight(spot["name"] + ".bias") if spot["bias"] else None
+        chunks = []
+        for first in range(0, vocab, HEAD_ROWS):
+            last = min(first + HEAD_ROWS, vocab)
+            if self._fetch_rows is not None and not spot["transposed"]:
+                rows = self.rows(name, torch.arange(first, last, device=x.device))
+            else:
+                whole = self.weight(name)
+                rows = (whole.T if spot["transposed"] else whole)[first:last]
+            chunks.append(functional.linear(x, rows, bias if bias is None else bias[first:last]))
+        self._held = None
+        logits = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=-1)
+        cap = data["final_softcap"]
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    # --- names and shapes --------------------------------------------------------------------------------------
+
+    def _layers(self) -> range:
+        return range(self.description["layers"])
+
+    def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every stored tensor's name and shape, as the file has them."""
+        data = self.description
+        hidden, heads, kv = data["hidden"], data["heads"] * data["head_dim"], data["kv_heads"] * data["head_dim"]
+        sizes: dict[str, tuple[int, ...]] = {
+            "embedding": (data["vocab"], hidden), "positions": (data["positions"] or 0, hidden),
+            "head": (data["vocab"], hidden), "query": (heads, hidden), "key": (kv, hidden), "value": (kv, hidden),
+            "output": (hidden, heads), "gate": (data["ffn"], hidden), "up": (data["ffn"], hidden),
+            "down": (hidden, data["ffn"]), **{role: (hidden,) for role in NORMS},
+            "query_norm": (data["head_dim"],), "key_norm": (data["head_dim"],),
+        }  # fmt: skip
+        for role, spot in data["roles"].items():
+            if spot["part"]:
+                continue  # the fused tensor came with its first part
+            shape = (sizes[role][0] * (spot["parts"] or 1), *sizes[role][1:])
+            layers: Iterable[int] = [0] if role in STEM else self._layers()
+            for layer in layers:
+                name = spot["name"].format(layer=layer)
+                yield f"{name}.weight", shape[::-1] if spot["transposed"] else shape
+                if spot["bias"]:
+                    yield f"{name}.bias", shape[:1]
+
+    def _add(self, name: str, parameter: nn.Parameter) -> None:
+        """Register a parameter under a dotted name, a plain module for every part of it."""
+        *path, leaf = name.split(".")
+        module: nn.Module = self
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        module.register_parameter(leaf, parameter)
+        self._leaves[name] = (module, leaf)

@@ -1,0 +1,121 @@
+"""Text to token ids, and back: the checkpoint's own tokenizer, or bytes where it has none."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tlt_cli.errors import TltError
+
+BYTES = 256
+BUILT_IN = "pydoc_data.topics"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text <-> ids. `engine` is a `tokenizers.Tokenizer`; without one every byte of UTF-8 is a token."""
+
+    name: str
+    vocab: int
+    engine: Any = None
+
+    def encode(self, text: str) -> torch.Tensor:
+        """ids [N], no special tokens added. Raises TltError where an id lies beyond the vocabulary."""
+        if self.engine is None:
+            return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long() if text else torch.zeros(0).long()
+        ids = torch.tensor(self.engine.encode(text, add_special_tokens=False).ids, dtype=torch.long)
+        if len(ids) and int(ids.max()) >= self.vocab:
+            raise TltError(
+                f"the tokenizer disagrees with the vocabulary: id {int(ids.max())}, vocabulary {self.vocab}; "
+                f"is {self.name} the one this checkpoint was trained with?"
+            )
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids; bytes that are no UTF-8 become replacement characters."""
+        if self.engine is None:
+            return bytes(token for token in ids if token < BYTES).decode(errors="replace")
+        return str(self.engine.decode(list(ids), skip_special_tokens=False))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A corpus as ids [N], with where it came from: `info` has source, sha256 (of the UTF-8 text), tokenizer."""
+
+    ids: torch.Tensor
+    info: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def load_tokenizer(companions: Iterable[Path], vocab: int) -> Tokenizer:
+    """The tokenizer among the files beside a checkpoint; bytes where there is none and the vocabulary holds them."""
+    files = {path.name: path for path in companions}
+    if "tokenizer.json" in files:
+        from tokenizers import Tokenizer as Engine
+
+        path = files["tokenizer.json"]
+        try:
+            engine = Engine.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception for whatever is wrong with the file
+            raise TltError(f"cannot read {path}: {error}") from error
+        engine.no_truncation()
+        engine.no_padding()
+        return Tokenizer(str(path), vocab, engine)
+    if "tokenizer.model" in files:
+        raise TltError(
+            f"{files['tokenizer.model']} is a SentencePiece file; convert it first: "
+            'python -c "from transformers import AutoTokenizer as T; '
+            f"T.from_pretrained('{files['tokenizer.model'].parent}').save_pretrained('CONVERTED')\" "
+            "and put CONVERTED/tokenizer.json beside the weights"
+        )
+    if "vocab.json" in files and "merges.txt" in files:
+        from tokenizers import ByteLevelBPETokenizer
+
+        merged = ByteLevelBPETokenizer.from_file(str(files["vocab.json"]), str(files["merges.txt"]))
+        return Tokenizer(str(files["vocab.json"]), vocab, merged._tokenizer)
+    if vocab < BYTES:
+        raise TltError(f"no tokenizer.json beside the checkpoint, and its vocabulary of {vocab} cannot hold the 256 bytes")
+    return Tokenizer("bytes", vocab)
+
+
+def load_tokens(tokenizer: Tokenizer, paths: Sequence[str | Path] | None = None) -> Tokens:
+    """The text of some files, one after the other, as ids; without files, the text that every Python carries.
+
+    `notes` say what the user should know: which text was taken, that tokens are bytes.
+    """
+    notes = [] if tokenizer.engine is not None else ["no tokenizer beside the checkpoint: every byte is a token"]
+    if paths:
+        source = ", ".join(str(path) for path in paths)
+        text = "".join(read_text(Path(path)) for path in paths)
+    else:
+        source, text = BUILT_IN, built_in_text()
+        notes.append(f"no text given: using the one that every Python carries ({BUILT_IN})")
+    if not text:
+        raise TltError(f"{source} is empty: there is nothing to read")
+    ids = tokenizer.encode(text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Tokens(ids, {"source": source, "sha256": digest, "tokenizer": tokenizer.name}, tuple(notes))
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file, newlines as stored. Raises TltError saying where it is not UTF-8."""
+    try:
+        return path.expanduser().read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TltError(f"{path} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}") from error
+    except FileNotFoundError:
+        raise TltError(f"{path}: no such file") from None
+    except OSError as error:
+        raise TltError(f"cannot read {path}: {error.strerror}") from error
+
+
+def built_in_text() -> str:
+    """Python's own language help, some 700 kB of English and code: the topics in the order of their names."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))

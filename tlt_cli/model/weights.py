@@ -1,0 +1,67 @@
+"""A checkpoint's tensors into a decoder: all of them in memory, or each one when it is its turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tlt_cli.errors import TltError
+from tlt_cli.model.decoder import Decoder
+from tlt_cli.model.describe import describe
+
+if TYPE_CHECKING:
+    from tlt_cli.checkpoint.lazy import Checkpoint
+    from tlt_cli.families.fit import Fit
+
+
+def load(
+    read: Callable[[str], Tensor],
+    names: Iterable[str],
+    description: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Decoder:
+    """A decoder with all weights in memory, read one by one. Raises TltError where names do not match exactly."""
+    decoder = Decoder(description, device="meta", dtype=dtype)
+    wanted = dict(decoder.named_parameters())
+    given = set(names)
+    for name in sorted(wanted.keys() ^ given):
+        what = "missing from the checkpoint" if name in wanted else "unknown to the decoder"
+        raise TltError(f"{name} is {what}")
+    for name, placeholder in wanted.items():
+        # a copy of its own: training must never write into what the reader may hand out again
+        tensor = read(name).to(device=device, dtype=dtype, copy=True).contiguous()
+        if tensor.shape != placeholder.shape:
+            raise TltError(f"{name} is {list(tensor.shape)}, but the decoder needs {list(placeholder.shape)}")
+        module, _, leaf = name.rpartition(".")
+        setattr(decoder.get_submodule(module), leaf, nn.Parameter(tensor))
+    decoder._like = torch.empty(0, device=device, dtype=dtype)
+    return decoder
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    fit: Fit,
+    *,
+    stream: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Decoder:
+    """The decoder of a fitted checkpoint; with `stream` its tensors stay on disk and memory holds one at a time."""
+    description = describe(fit)
+    if not stream:
+        return load(checkpoint.read, fit.places, description, dtype, device)
+
+    def rows(name: str, ids: Tensor) -> Tensor:
+        """Rows `ids`, ascending [n] -> [n, ...]: one read per run of neighbours."""
+        wanted = ids.cpu()
+        if not len(wanted):
+            return checkpoint.read_rows(name, 0, 0)
+        ends = torch.nonzero(wanted.diff() != 1).flatten() + 1
+        runs = wanted.tensor_split(ends)
+        return torch.cat([checkpoint.read_rows(name, int(run[0]), int(run[-1]) + 1) for run in runs])
+
+    return Decoder.stream(description, checkpoint.read, rows, dtype=dtype, device=device)

@@ -1,0 +1,256 @@
+"""One tensor through its maps: `W' = P_out W P_in+ + R (I - P_in P_in+)`, block of rows by block of rows.
+
+R never reaches the function, because what `in` carries lies in the image of P_in; it is what makes the new
+coordinates trainable (reference: grow, section 3.0). It is drawn uniformly with the asked-for standard deviation,
+from a generator seeded by the tensor's name, so that neither the order of work nor the number of jobs changes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tlt_cli.surgery.maps import COPY, FREE, MEAN, AxisMap
+from tlt_cli.surgery.plan import Tensors
+from tlt_cli.surgery.spectrum import DenseMap, null_basis, spectral_fill
+
+BLOCK_ELEMENTS = 1 << 20
+_SAMPLE_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """What happens to one stored dim: its map, and whether the tensor reads it (an input) or writes it."""
+
+    map: AxisMap | DenseMap
+    reads: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Widening:
+    """How one tensor of the grown model comes from one tensor of the small one.
+
+    `sides` are in storage order, at most one of them reads. `offset` is added before and taken off after the maps
+    (gains stored as 1 + w). `gain` names a norm's gain that is folded into the columns that read it.
+    """
+
+    name: str
+    source: str
+    old_shape: tuple[int, ...]
+    sides: tuple[Side, ...]
+    fill: str = "zero"
+    noise: float = 0.0
+    seed: int = 0
+    offset: float = 0.0
+    gain: str | None = None
+    gain_offset: float = 0.0
+    double: bool = False
+    inverse: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The new stored shape."""
+        return tuple(side.map.new for side in self.sides)
+
+    @cached_property
+    def transposed(self) -> bool:
+        """Whether inputs are stored first, so that the work is done on the transpose."""
+        return len(self.sides) == 2 and self.sides[0].reads
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether the tensor cannot be computed in blocks of rows."""
+        dense = any(isinstance(side.map, DenseMap) for side in self.sides)
+        return len(self.sides) == 1 or self.transposed or dense or (self.fill == "spectral" and self._has_null)
+
+    @cached_property
+    def _has_null(self) -> bool:
+        return any(side.reads and len(side.map.null_entries) > 0 for side in self.sides)
+
+    @property
+    def work(self) -> int:
+        """Peak bytes of memory that computing takes, roughly."""
+        size = 8 if self.double else 4
+        if self.whole:
+            return size * (2 * math.prod(self.old_shape) + 3 * math.prod(self.shape))
+        return size * 5 * max(BLOCK_ELEMENTS, self.shape[-1])
+
+    def __call__(self, tensors: Tensors) -> Iterator[Tensor]:
+        dtype = torch.float64 if self.double else torch.float32
+        if len(self.sides) == 1:
+            yield self._vector(tensors.read(self.source).to(dtype))
+            return
+        rows, columns = self.sides[::-1] if self.transposed else self.sides
+        gain = None
+        if self.gain is not None:
+            gain = tensors.read(self.gain).to(dtype) + self.gain_offset
+        spread = self._spread(tensors) if self.noise else 0.0
+        mean = self._mean_row(tensors, dtype) if _has_mean(rows) and not self.whole else None
+        if self.whole:
+            weight = tensors.read(self.source).to(dtype)
+            weight = weight.T if self.transposed else weight
+            weight = weight if gain is None else weight * gain
+            block = self._block(weight, 0, rows, columns, 0, rows.map.new, spread, weight.mean(0))
+            yield (block.T if self.transposed else block).contiguous()
+            return
+        assert isinstance(rows.map, AxisMap)
+        step = max(1, BLOCK_ELEMENTS // max(1, columns.map.new))
+        for start in range(0, rows.map.new, step):
+            stop = min(rows.map.new, start + step)
+            sources = rows.map.source[start:stop]
+            sources = sources[sources >= 0]
+            low, high = (int(sources.min()), int(sources.max()) + 1) if len(sources) else (0, 1)
+            weight = tensors.read_rows(self.source, low, high).to(dtype)
+            weight = weight if gain is None else weight * gain
+            yield self._block(weight, low, rows, columns, start, stop, spread, mean)
+
+    def _vector(self, value: Tensor) -> Tensor:
+        mapped = self.sides[0].map
+        if isinstance(mapped, DenseMap):
+            return mapped.write(value + self.offset) - self.offset
+        value = value + self.offset
+        return _columns(value[None], self.sides[0], value.mean())[0] - self.offset
+
+    def _block(
+        self,
+        weight: Tensor,
+        low: int,
+        rows: Side,
+        columns: Side,
+        start: int,
+        stop: int,
+        spread: float,
+        mean: Tensor | None,
+    ) -> Tensor:
+        """New rows start to stop, from old rows of which `weight` holds those from `low` on."""
+        if isinstance(rows.map, DenseMap):
+            out = rows.map.write(weight.T).T
+            kind = np.full(stop - start, COPY)
+        else:
+            source, kind = rows.map.source[start:stop], rows.map.kind[start:stop]
+            weights = (rows.map.read if rows.reads else rows.map.write)[start:stop]
+            index = torch.from_numpy(np.where(source >= 0, source - low, 0))
+            out = weight.index_select(0, index)
+            scale = np.where(source >= 0, weights, 0.0)
+            if not np.all(scale == 1):
+                out.mul_(torch.from_numpy(scale).to(out.dtype)[:, None])
+            if mean is not None and (kind == MEAN).any():
+                where = torch.from_numpy(np.flatnonzero(kind == MEAN))
+                out[where] = mean * torch.from_numpy(weights[kind == MEAN]).to(out.dtype)[:, None]
+        out = _columns(out, columns, None)
+        generator = _generator(self.seed, self.name, start)
+        if self.fill == "spectral" and columns.reads and self._has_null and self.noise:
+            basis = null_basis(columns.map, self.seed).to(out.dtype)
+            grown = math.sqrt(rows.map.new / rows.map.old * columns.map.old / columns.map.new)
+            out += self.noise * grown * spectral_fill(weight, rows.map.new, basis, generator)
+        elif self.fill != "zero" and self.noise and columns.reads:
+            _add_null_noise(out, columns.map, spread * self.noise, generator)
+        free = np.flatnonzero(kind == FREE)
+        if len(free):
+            value = torch.zeros(len(free), out.shape[1], dtype=out.dtype)
+            if self.fill != "zero" and self.noise:
+                value = _uniform(generator, value.shape, spread * self.noise).to(out.dtype)
+            out[torch.from_numpy(free)] = value
+        return out
+
+    def _spread(self, tensors: Tensors) -> float:
+        """Standard deviation of the source, from evenly spaced rows where it is large."""
+        count, width = self.old_shape[0], math.prod(self.old_shape[1:])
+        if count * width <= _SAMPLE_ELEMENTS:
+            return float(tensors.read(self.source).double().std(correction=0))
+        pieces = min(64, count)
+        height = max(1, _SAMPLE_ELEMENTS // (pieces * width))
+        starts = [piece * (count - height) // max(1, pieces - 1) for piece in range(pieces)]
+        return float(
+            torch.cat([tensors.read_rows(self.source, s, s + height).double() for s in starts]).std(correction=0)
+        )
+
+    def _mean_row(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        count, width = self.old_shape
+        step = max(1, BLOCK_ELEMENTS // width)
+        total = torch.zeros(width, dtype=torch.float64)
+        for start in range(0, count, step):
+            total += tensors.read_rows(self.source, start, min(count, start + step)).double().sum(0)
+        return (total / count).to(dtype)
+
+
+def _has_mean(side: Side) -> bool:
+    return isinstance(side.map, AxisMap) and bool((side.map.kind == MEAN).any())
+
+
+def _columns(base: Tensor, side: Side, mean: Tensor | None) -> Tensor:
+    """Map the columns of `base`; fresh columns are zero, or the weighted mean where they are written as means."""
+    if isinstance(side.map, DenseMap):
+        return side.map.read(base) if side.reads else side.map.write(base)
+    mapped = side.map
+    if mapped.plain:
+        return base
+    weights = mapped.read if side.reads else mapped.write
+    out = base.new_zeros(base.shape[0], mapped.new)
+    for start, stop, source in _runs(mapped.source):
+        piece = base[:, source : source + stop - start]
+        scale = weights[start:stop]
+        if np.all(scale == scale[0]):
+            torch.mul(piece, float(scale[0]), out=out[:, start:stop])
+        else:
+            torch.mul(piece, torch.from_numpy(scale).to(base.dtype), out=out[:, start:stop])
+    means = np.flatnonzero(mapped.kind == MEAN)
+    if len(means) and not side.reads:
+        mean = base.mean(1, keepdim=True) if mean is None else mean
+        out[:, torch.from_numpy(means)] = mean * torch.from_numpy(weights[means]).to(base.dtype)
+    return out
+
+
+def _runs(source: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, source of start) of each stretch of consecutive sources."""
+    if not len(source):
+        return
+    breaks = np.flatnonzero(np.diff(source) != 1) + 1
+    edges = [0, *breaks.tolist(), len(source)]
+    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        if source[start] >= 0:
+            yield start, stop, int(source[start])
+
+
+def _add_null_noise(out: Tensor, mapped: AxisMap | DenseMap, spread: float, generator: np.random.Generator) -> None:
+    """Add R (I - P P+) to `out` in place, R uniform with this standard deviation."""
+    if isinstance(mapped, DenseMap):
+        noise = _uniform(generator, out.shape, spread).to(out.dtype)
+        out += mapped.project_out(noise)
+        return
+    entries = mapped.null_entries
+    if not len(entries):
+        return
+    noise = _uniform(generator, torch.Size((out.shape[0], len(entries))), spread).to(out.dtype)
+    copied = mapped.kind[entries] == COPY
+    if copied.any():
+        members = entries[copied]
+        where = torch.from_numpy(np.flatnonzero(copied))
+        groups = torch.from_numpy(mapped.source[members])
+        write = torch.from_numpy(mapped.write[members]).to(out.dtype)
+        read = torch.from_numpy(mapped.read[members]).to(out.dtype)
+        part = noise[:, where]
+        sums = out.new_zeros(out.shape[0], mapped.old).index_add_(1, groups, part * write)
+        noise[:, where] = part - sums[:, groups] * read
+    if entries[-1] - entries[0] + 1 == len(entries):
+        out[:, int(entries[0]) : int(entries[-1]) + 1] += noise
+    else:
+        out[:, torch.from_numpy(entries)] += noise
+
+
+def _generator(seed: int, name: str, start: int) -> np.random.Generator:
+    digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    return np.random.Generator(np.random.SFC64(np.random.SeedSequence([seed, digest, start])))
+
+
+def _uniform(generator: np.random.Generator, shape: torch.Size, spread: float) -> Tensor:
+    """Uniform with mean zero and this standard deviation (a uniform on [-a, a] has a / sqrt(3))."""
+    noise = torch.from_numpy(generator.random(tuple(shape), dtype=np.float32))
+    return noise.sub_(0.5).mul_(2 * math.sqrt(3) * spread)
