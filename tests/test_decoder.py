@@ -113,7 +113,9 @@ def test_reads_configs_of_older_releases(tmp_path: Path) -> None:
     llama = rewrite(make_checkpoint(tmp_path / "l", "llama"), old, rope_theta=300.0, rope_scaling=LLAMA3)
     assert distance(llama, some_ids()) <= BOUND
     keys = {"rope_theta": 5e3, "rope_local_base_freq": 50.0, "sliding_window_pattern": 2}
-    gemma = rewrite(make_checkpoint(tmp_path / "g", "gemma3"), old, **keys, rope_scaling={"type": "linear", "factor": 2.0})
+    gemma = rewrite(
+        make_checkpoint(tmp_path / "g", "gemma3"), old, **keys, rope_scaling={"type": "linear", "factor": 2.0}
+    )
     description = describe(opened(gemma)[1])
     assert description["ropes"]["sliding"] == {"type": "default", "theta": 50.0}
     assert description["ropes"]["full"] == {"type": "linear", "theta": 5e3, "factor": 2.0}

@@ -171,7 +171,7 @@ def solve(arrow: Arrow, stored: Sequence[int], known: Mapping[str, int]) -> dict
         rest = math.prod(factor if isinstance(factor, int) else sizes.get(factor, 1) for factor in dim)
         if len(unknown) == 1 and rest and size % rest == 0 and size:
             found[unknown[0]] = size // rest
-        elif not unknown and rest != size or len(unknown) == 1:
+        elif (not unknown and rest != size) or len(unknown) == 1:
             where = f"{_print_dim(dim)} of '{arrow}'"
             raise LayoutError(f"{where} is stored as {size}, which does not fit {bindings(sizes)}")
     return found

@@ -100,9 +100,7 @@ def parse_index(raw: bytes, where: str, names: Collection[str]) -> dict[str, str
     shards = set(weight_map.values())
     missing = sorted(shards.difference(names))
     if missing:
-        raise TltError(
-            f"{where}: {len(missing)} of {len(shards)} shards missing: {_listed(missing)}"
-        )
+        raise TltError(f"{where}: {len(missing)} of {len(shards)} shards missing: {_listed(missing)}")
     if SINGLE in names and SINGLE not in shards:
         raise TltError(
             f"{where}: names other files than {SINGLE}, which lies beside it; "

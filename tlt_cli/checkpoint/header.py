@@ -69,18 +69,14 @@ def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
     """
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8:
-        raise TltError(
-            f"{dtype} {list(shape)} takes {bits} bits, which is not a whole number of bytes"
-        )
+        raise TltError(f"{dtype} {list(shape)} takes {bits} bits, which is not a whole number of bytes")
     return bits // 8
 
 
 def header_length(prefix: bytes, file: str, file_size: int | None) -> int:
     """The length of the JSON, from the first 8 bytes of the file (of `file_size` bytes, if known)."""
     if len(prefix) < PREFIX_BYTES:
-        raise TltError(
-            f"{file}: {len(prefix)} bytes long, but a safetensors file starts with an 8-byte length"
-        )
+        raise TltError(f"{file}: {len(prefix)} bytes long, but a safetensors file starts with an 8-byte length")
     length = int.from_bytes(prefix[:PREFIX_BYTES], "little")
     if length == 0:
         raise TltError(f"{file}: its header length is 0, so it describes no tensors")
@@ -97,9 +93,7 @@ def header_length(prefix: bytes, file: str, file_size: int | None) -> int:
     return length
 
 
-def parse_header(
-    raw: bytes, file: str, data_size: int | None
-) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def parse_header(raw: bytes, file: str, data_size: int | None) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors, in the order of their bytes, and the `__metadata__` of one header.
 
     `raw` is the JSON alone, without its length; `data_size` counts the bytes behind it (None: not
@@ -184,9 +178,7 @@ def _tensor(name: str, entry: object, file: str, origin: int) -> TensorInfo:
     return TensorInfo(name, dtype, tuple(shape), file, origin + begin, end - begin)
 
 
-def _check_contiguous(
-    tensors: Iterable[TensorInfo], file: str, origin: int, data_size: int | None
-) -> None:
+def _check_contiguous(tensors: Iterable[TensorInfo], file: str, origin: int, data_size: int | None) -> None:
     """Tensors sorted by start must follow each other with no gap or overlap, up to the file's end."""
     expected, before = 0, "the header"
     for tensor in tensors:
@@ -198,8 +190,7 @@ def _check_contiguous(
             )
         if begin < expected:
             raise TltError(
-                f"{file}: tensor {tensor.name!r} begins at {begin} and overlaps {before}, "
-                f"which ends at {expected}"
+                f"{file}: tensor {tensor.name!r} begins at {begin} and overlaps {before}, which ends at {expected}"
             )
         if begin > expected:
             raise TltError(
@@ -225,6 +216,4 @@ def _elements(shape: list[int], where: str) -> int:
 
 
 def _natural_numbers(value: object) -> bool:
-    return isinstance(value, list) and all(
-        type(number) is int and 0 <= number <= _MAX_DIM for number in value
-    )
+    return isinstance(value, list) and all(type(number) is int and 0 <= number <= _MAX_DIM for number in value)

@@ -87,9 +87,7 @@ class Checkpoint:
         lines = "".join(f"{digests[shard]}  {shard}\n" for shard in sorted(self.shards))
         return hashlib.sha256(lines.encode()).hexdigest()
 
-    def _read(
-        self, info: TensorInfo, shape: tuple[int, ...], begin: int, length: int
-    ) -> torch.Tensor:
+    def _read(self, info: TensorInfo, shape: tuple[int, ...], begin: int, length: int) -> torch.Tensor:
         import torch
 
         from tlt_cli.checkpoint.cast import memory, torch_dtype, torch_shape

@@ -72,9 +72,7 @@ def open_folder(path: Path, source: str) -> Checkpoint:
     )
 
 
-def merge_headers(
-    headers: Mapping[str, Header], weight_map: Mapping[str, str] | None, where: str
-) -> Header:
+def merge_headers(headers: Mapping[str, Header], weight_map: Mapping[str, str] | None, where: str) -> Header:
     """The headers of all shards as one; TltError unless they hold just what the index says."""
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}

@@ -20,9 +20,7 @@ def strict_json_object(raw: bytes, where: str) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) < len(pairs):
             (repeated, count), *_ = Counter(key for key, _ in pairs).most_common(1)
-            raise TltError(
-                f"{where}: {shortened(repeated)} occurs {count} times; names must be unique"
-            )
+            raise TltError(f"{where}: {shortened(repeated)} occurs {count} times; names must be unique")
         return result
 
     def refuse_constant(constant: str) -> None:

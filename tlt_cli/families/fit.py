@@ -229,7 +229,7 @@ def _solve_bare(
                 raise TltError(f"{name} {list(shapes[name])}: {error}") from error
     missing = [axis for axis in table.axes if axis not in sizes]
     if missing:
-        ask = next((axis for axis in ("kv", *missing) if axis in missing))
+        ask = next(axis for axis in ("kv", *missing) if axis in missing)
         raise TltError(
             f"cannot tell {'how many key/value heads' if ask == 'kv' else ask} from shapes alone; pass --axis {ask}=N "
             f"(known: {bindings(sizes)})"
@@ -271,6 +271,3 @@ def _check_presence(table: Family, places: Mapping[str, Place], sizes: Mapping[s
                 f"{pattern.replace('{layer}', str(layer))} is missing; the {table.name} table expects it "
                 f"{'in every layer (layer=' + str(sizes.get('layer')) + ')' if '{layer}' in pattern else ''}".rstrip()
             )
-
-
-

@@ -355,7 +355,7 @@ class Decoder(nn.Module):
             "embedding": (data["vocab"], hidden), "positions": (data["positions"] or 0, hidden),
             "head": (data["vocab"], hidden), "query": (heads, hidden), "key": (kv, hidden), "value": (kv, hidden),
             "output": (hidden, heads), "gate": (data["ffn"], hidden), "up": (data["ffn"], hidden),
-            "down": (hidden, data["ffn"]), **{role: (hidden,) for role in NORMS},
+            "down": (hidden, data["ffn"]), **dict.fromkeys(NORMS, (hidden,)),
             "query_norm": (data["head_dim"],), "key_norm": (data["head_dim"],),
         }  # fmt: skip
         for role, spot in data["roles"].items():

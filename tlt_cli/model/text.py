@@ -27,7 +27,9 @@ class Tokenizer:
     def encode(self, text: str) -> torch.Tensor:
         """ids [N], no special tokens added. Raises TltError where an id lies beyond the vocabulary."""
         if self.engine is None:
-            return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long() if text else torch.zeros(0).long()
+            return (
+                torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long() if text else torch.zeros(0).long()
+            )
         ids = torch.tensor(self.engine.encode(text, add_special_tokens=False).ids, dtype=torch.long)
         if len(ids) and int(ids.max()) >= self.vocab:
             raise TltError(
@@ -79,7 +81,9 @@ def load_tokenizer(companions: Iterable[Path], vocab: int) -> Tokenizer:
         merged = ByteLevelBPETokenizer.from_file(str(files["vocab.json"]), str(files["merges.txt"]))
         return Tokenizer(str(files["vocab.json"]), vocab, merged._tokenizer)
     if vocab < BYTES:
-        raise TltError(f"no tokenizer.json beside the checkpoint, and its vocabulary of {vocab} cannot hold the 256 bytes")
+        raise TltError(
+            f"no tokenizer.json beside the checkpoint, and its vocabulary of {vocab} cannot hold the 256 bytes"
+        )
     return Tokenizer("bytes", vocab)
 
 

@@ -1,0 +1,1 @@
+"""Surgeries: from a fitted header to a Plan. Nothing here opens a file."""

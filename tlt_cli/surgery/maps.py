@@ -66,9 +66,7 @@ class AxisMap:
     def fresh(self, kind: int, weight: float = 1.0) -> AxisMap:
         """The same copies with every fresh entry of another kind."""
         new = self.kind != COPY
-        return replace(
-            self, kind=np.where(new, kind, COPY).astype(np.int8), write=np.where(new, weight, self.write)
-        )
+        return replace(self, kind=np.where(new, kind, COPY).astype(np.int8), write=np.where(new, weight, self.write))
 
 
 def same(size: int) -> AxisMap:

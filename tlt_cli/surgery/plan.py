@@ -6,45 +6,19 @@ all follow from that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-
-
-class Tensors(Protocol):
-    """Where a plan's values come from: a checkpoint, or anything that reads tensors by name."""
-
-    def read(self, name: str) -> torch.Tensor:
-        """The whole tensor."""
-        ...
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start to stop of its leading dim."""
-        ...
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor that will exist. `compute` yields consecutive blocks of its rows in float32 or better.
-
-    `source` is the tensor it mainly comes from; where `compute` is None it is that tensor, byte for byte.
-    `work` is the peak memory in bytes that computing it takes.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    source: str
-    compute: Callable[[Tensors], Iterable[torch.Tensor]] | None = None
-    work: int = 0
+from tlt_cli.checkpoint.planned import PlannedTensor
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All tensors, the new config, what to tell the user, and the record that goes into the lineage."""
+    """All tensors, the new config, what to tell the user, and the record that goes into the lineage.
+
+    `exact` says whether the result computes what the source computed. `details` are JSON-able.
+    """
 
     operation: str
     tensors: tuple[PlannedTensor, ...]
@@ -61,10 +35,4 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Number of stored parameters."""
-        total = 0
-        for tensor in self.tensors:
-            size = 1
-            for length in tensor.shape:
-                size *= length
-            total += size
-        return total
+        return sum(tensor.parameters for tensor in self.tensors)

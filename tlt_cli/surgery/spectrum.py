@@ -92,9 +92,7 @@ def null_basis(mapped: AxisMap | DenseMap, seed: int) -> Tensor:
     copied = mapped.kind[entries] == COPY
     groups = mapped.source[entries[copied]]
     count = len(entries) - len(np.unique(groups))
-    random = torch.randn(
-        len(entries), count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    random = torch.randn(len(entries), count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     if copied.any():
         # Take off each group's component along its own writes, the only direction in it that carries a value.
         where = torch.from_numpy(np.flatnonzero(copied))

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tlt_cli.checkpoint.planned import Tensors
 from tlt_cli.surgery.maps import COPY, FREE, MEAN, AxisMap
-from tlt_cli.surgery.plan import Tensors
 from tlt_cli.surgery.spectrum import DenseMap, null_basis, spectral_fill
 
 BLOCK_ELEMENTS = 1 << 20

@@ -1,0 +1,44 @@
+"""What a writer must know of a tensor that does not exist yet: its name, shape, dtype, and how its rows are made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Tensors(Protocol):
+    """Where values come from: a checkpoint, or anything that reads tensors by name."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor."""
+        ...
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start to stop of its leading dim."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor that will exist. `compute` yields consecutive blocks of its rows in float32 or better.
+
+    `source` is the tensor it mainly comes from; where `compute` is None it is that tensor, byte for byte (cast where
+    `dtype` is another one). `work` is the peak memory in bytes that computing it takes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    source: str
+    compute: Callable[[Tensors], Iterable[torch.Tensor]] | None = None
+    work: int = 0
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
