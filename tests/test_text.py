@@ -37,7 +37,7 @@ def test_bytes_and_the_text_every_python_has() -> None:
     tokenizer = load_tokenizer([], 300)
     tokens = load_tokens(tokenizer)
     assert tokens.info["source"] == "pydoc_data.topics" and tokens.info["tokenizer"] == "bytes"
-    assert len(tokens.ids) == len(built_in_text().encode()) > 500_000
+    assert len(tokens.ids) == len(built_in_text().encode()) > 300_000  # 466 kB in 3.11, more in later ones
     assert any("every byte is a token" in note for note in tokens.notes)
     assert any("no text given" in note for note in tokens.notes)
     assert tokenizer.decode(tokenizer.encode("größer").tolist()) == "größer"

@@ -31,6 +31,7 @@ Dim = tuple[Factor, ...]
 
 _TOKEN = re.compile(r"\s*(<-|->|[()]|[A-Za-z_][A-Za-z_0-9]*|[0-9]+|\S)")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z_0-9]*\Z")
+_NUMBER = re.compile(r"[0-9]+\Z")
 
 
 class LayoutError(ValueError):
@@ -78,7 +79,7 @@ def parse(text: str) -> Arrow:
         raise LayoutError("empty layout: expected axis names, such as 'hidden' or 'ffn <- hidden'")
     signs = [token for token in tokens if token in ("<-", "->")]
     if len(signs) > 1:
-        raise LayoutError(f"'{text}' has {len(signs)} arrows; a layout has one, or none for a vector")
+        raise LayoutError(f"{text!r} has {len(signs)} arrows; a layout has one, or none for a vector")
     if not signs:
         dims = tuple(_dims(tokens, text))
         return Arrow(dims, "", len(dims))
@@ -86,7 +87,7 @@ def parse(text: str) -> Arrow:
     left, right = tuple(_dims(tokens[:middle], text)), tuple(_dims(tokens[middle + 1 :], text))
     if not left or not right:
         side = "left" if not left else "right"
-        raise LayoutError(f"'{text}' has nothing {side} of its arrow")
+        raise LayoutError(f"{text!r} has nothing {side} of its arrow")
     return Arrow(left + right, signs[0], len(left))
 
 
@@ -95,32 +96,32 @@ def _dims(tokens: Sequence[str], text: str) -> Iterator[Dim]:
     for token in tokens:
         if token == "(":
             if group is not None:
-                raise LayoutError(f"'{text}' has brackets inside brackets; products are one level deep")
+                raise LayoutError(f"{text!r} has brackets inside brackets; products are one level deep")
             group = []
         elif token == ")":
             if group is None:
-                raise LayoutError(f"'{text}' closes a bracket that was not opened")
+                raise LayoutError(f"{text!r} closes a bracket that was not opened")
             if not group:
-                raise LayoutError(f"'{text}' has an empty bracket")
+                raise LayoutError(f"{text!r} has an empty bracket")
             yield tuple(group)
             group = None
-        elif token.isdigit():
+        elif _NUMBER.match(token):
             if group is None:
-                raise LayoutError(f"'{text}' has the bare number {token}; numbers stand in brackets beside an axis")
-            if int(token) < 1:
-                raise LayoutError(f"'{text}' has the factor {token}; factors are at least 1")
+                raise LayoutError(f"{text!r} has the bare number {token}; numbers stand in brackets beside an axis")
+            if len(token) > 9 or int(token) < 1:
+                raise LayoutError(f"{text!r} has the factor {token}; factors are at least 1, and below a billion")
             group.append(int(token))
         elif _NAME.match(token):
             if group is None:
                 yield (token,)
             elif token in group:
-                raise LayoutError(f"'{text}' has the axis {token} twice in one dim")
+                raise LayoutError(f"{text!r} has the axis {token} twice in one dim")
             else:
                 group.append(token)
         else:
-            raise LayoutError(f"'{text}' has the character '{token}'; a layout is names, numbers, ( ) and an arrow")
+            raise LayoutError(f"{text!r} has the character {token!r}; a layout is names, numbers, ( ) and an arrow")
     if group is not None:
-        raise LayoutError(f"'{text}' opens a bracket that is not closed")
+        raise LayoutError(f"{text!r} opens a bracket that is not closed")
 
 
 def _print_dim(dim: Dim) -> str:
@@ -173,7 +174,8 @@ def solve(arrow: Arrow, stored: Sequence[int], known: Mapping[str, int]) -> dict
             found[unknown[0]] = size // rest
         elif (not unknown and rest != size) or len(unknown) == 1:
             where = f"{_print_dim(dim)} of '{arrow}'"
-            raise LayoutError(f"{where} is stored as {size}, which does not fit {bindings(sizes)}")
+            own = {factor: sizes[factor] for factor in dim if factor in sizes}
+            raise LayoutError(f"{where} is stored as {size}, which does not fit {bindings(own)}")
     return found
 
 

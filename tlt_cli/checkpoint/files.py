@@ -6,6 +6,7 @@ and a file that shrinks under a mapping kills the process where a short read can
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
@@ -15,6 +16,9 @@ from pathlib import Path
 from tlt_cli.errors import TltError
 
 _HASH_BLOCK = 4 << 20
+_COPY_BLOCK = 1 << 20
+# What a kernel or a disk answers when it cannot copy between these two files by itself.
+_COPY_ELSEWHERE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 
 
 class OpenFiles:
@@ -61,6 +65,19 @@ class OpenFiles:
         self.read_into(file, offset, memoryview(buffer))
         return bytes(buffer)
 
+    def copy(self, file: str, offset: int, length: int, descriptor: int, position: int) -> None:
+        """Copy `length` bytes from absolute byte `offset` to `position` in an open file, by the kernel if it can.
+
+        OSError where the target cannot be written, TltError where the source cannot be read.
+        """
+        copied = _kernel_copy(self._descriptor(file), offset, length, descriptor, position)
+        buffer = memoryview(bytearray(min(_COPY_BLOCK, length - copied)))
+        while copied < length:
+            block = buffer[: length - copied]
+            self.read_into(file, offset + copied, block)
+            write_at(descriptor, block, position + copied)
+            copied += len(block)
+
     def sha256(self, file: str) -> str:
         """The digest that `sha256sum` prints for the file."""
         digest = hashlib.sha256()
@@ -82,3 +99,28 @@ class OpenFiles:
                     raise TltError(f"{self._paths[file]}: cannot open: {error.strerror}") from error
                 self._descriptors[file] = descriptor
             return self._descriptors[file]
+
+
+def write_at(descriptor: int, data: memoryview, position: int) -> None:
+    """Write all of `data` at absolute byte `position` of an open file."""
+    written = 0
+    while written < len(data):
+        written += os.pwrite(descriptor, data[written:], position + written)
+
+
+def _kernel_copy(source: int, offset: int, length: int, target: int, position: int) -> int:
+    """How many bytes the kernel copied: all, or fewer where it cannot or where the source ends."""
+    copied = 0
+    if not hasattr(os, "copy_file_range"):
+        return 0
+    while copied < length:
+        try:
+            count = os.copy_file_range(source, target, length - copied, offset + copied, position + copied)
+        except OSError as error:
+            if error.errno in _COPY_ELSEWHERE:
+                break
+            raise
+        if count == 0:
+            break
+        copied += count
+    return copied

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tlt_cli.checkpoint.header import strict_json_object
+from tlt_cli.checkpoint.strict_json import strict_json_object
 from tlt_cli.errors import TltError
 
 CONFIG = "config.json"
@@ -120,19 +120,30 @@ def parse_config(raw: bytes | str, where: str) -> dict[str, Any]:
     return config
 
 
+def companion_names(names: Collection[str]) -> list[str]:
+    """Of all files below a folder ("a.json", "sub/b.txt"): those that go along with the weights unread, sorted.
+
+    A subfolder goes along as a whole, unless it holds weights of its own.
+    """
+    with_weights = {name.partition("/")[0] for name in names if "/" in name and _is_weight(name)}
+    return sorted(
+        name
+        for name in names
+        if not name.startswith(".")
+        and name not in _LEFT_BEHIND
+        and not _is_weight(name)
+        and name.partition("/")[0] not in with_weights
+    )
+
+
 def companions_of_folder(folder: Path) -> tuple[Path, ...]:
-    """Every file that goes along with the weights unread, subfolders without weights included."""
-    found: list[Path] = []
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name in _LEFT_BEHIND or _is_weight(path.name):
-            continue
-        if path.is_file():
-            found.append(path)
-        elif path.is_dir() and not path.is_symlink():
-            inside = [Path(root, name) for root, _, names in os.walk(path) for name in names]
-            if not any(_is_weight(file.name) for file in inside):
-                found.extend(sorted(file for file in inside if file.is_file()))
-    return tuple(found)
+    """The files of a folder that go along with the weights unread; links to folders are not followed."""
+    names: list[str] = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names.extend((Path(root) / name).relative_to(folder).as_posix() for name in files)
+    paths = (folder / name for name in companion_names(names))
+    return tuple(path for path in paths if path.is_file())
 
 
 def companions_of_file(file: Path) -> tuple[Path, ...]:

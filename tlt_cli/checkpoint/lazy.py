@@ -67,6 +67,15 @@ class Checkpoint:
             raise TltError(f"{name} holds {info.nbytes} bytes, not {offset}:{offset + length}")
         return self._open_files().read(info.file, info.start + offset, length)
 
+    def copy_bytes(self, name: str, offset: int, length: int, *, descriptor: int, position: int) -> None:
+        """Copy `length` bytes of the tensor, from its byte `offset` on, to `position` in a file open for writing.
+
+        They do not pass through this process where the system can do without. OSError if it cannot be written.
+        """
+        info = self._info(name)
+        assert 0 <= offset <= offset + length <= info.nbytes
+        self._open_files().copy(info.file, info.start + offset, length, descriptor, position)
+
     def digest(self) -> str:
         """sha256 of the weight file; of several shards, of what `sha256sum SHARDS` prints, sorted.
 

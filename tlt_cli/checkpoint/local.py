@@ -21,6 +21,7 @@ def open_file(path: Path, source: str) -> Checkpoint:
     """One weight file; its config is in its metadata, or else in the config.json beside it."""
     files = OpenFiles({path.name: path})
     tensors, metadata = _read_header(files, path.name)
+    config: dict[str, Any] | None
     if "config" in metadata:
         config = folder.parse_config(metadata["config"], f"{path}: __metadata__ config")
     else:

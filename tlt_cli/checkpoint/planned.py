@@ -28,7 +28,8 @@ class PlannedTensor:
     """One tensor that will exist. `compute` yields consecutive blocks of its rows in float32 or better.
 
     `source` is the tensor it mainly comes from; where `compute` is None it is that tensor, byte for byte (cast where
-    `dtype` is another one). `work` is the peak memory in bytes that computing it takes.
+    `dtype` is another one). `work` is the peak memory in bytes that computing it takes. `file` names a file of its own
+    beside the model's, such as the optimizer's state; None where the tensor belongs to the model.
     """
 
     name: str
@@ -37,6 +38,7 @@ class PlannedTensor:
     source: str
     compute: Callable[[Tensors], Iterable[torch.Tensor]] | None = None
     work: int = 0
+    file: str | None = None
 
     @property
     def parameters(self) -> int:

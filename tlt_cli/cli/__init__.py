@@ -1,5 +1,49 @@
-"""The command line."""
+"""What the user types. Each command has a file of its own; what it works with is imported when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tlt_cli import __version__
+from tlt_cli.cli import eval, generate, grow, inspect
+from tlt_cli.cli.console import Commands
+
+app = typer.Typer(
+    name="tlt",
+    cls=Commands,
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"tlt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def tlt(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Model surgery on transformer checkpoints.
+
+    SRC is a .safetensors file, a folder or a repository of the hub.
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+app.command("grow", epilog=grow.EXAMPLES)(grow.grow)
+app.command("eval", epilog=eval.EXAMPLES)(eval.evaluate)
+app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
+app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
 
 
 def main() -> None:
-    """Placeholder until the commands exist."""
+    """The `tlt` command."""
+    app(prog_name="tlt")

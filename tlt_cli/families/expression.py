@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from tlt_cli.errors import TltError
+
+_TERM = re.compile(r"([1-9][0-9]{0,8}|[A-Za-z_][A-Za-z_0-9]*)\Z")
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,10 @@ class Expression:
 def parse_expression(text: str) -> Expression:
     """Read "hidden_size" or "head_dim / 2". Raises TltError on anything more."""
     words = text.split()
-    if len(words) not in (1, 3) or (len(words) == 3 and words[1] not in ("/", "*")):
+    terms = all(_TERM.match(word) for word in words[::2])
+    if not terms or len(words) not in (1, 3) or (len(words) == 3 and words[1] not in ("/", "*")):
         raise TltError(f"'{text}' is not a size: write a config key, or two keys or integers with / or * between")
-    sides = [int(word) if word.isdigit() else word for word in words[::2]]
+    sides = [int(word) if word[0].isdigit() else word for word in words[::2]]
     return Expression(sides[0], words[1], sides[1]) if len(words) == 3 else Expression(sides[0])
 
 

@@ -12,12 +12,10 @@ from tlt_cli.families.table import Family
 
 
 def lookup(table: Family, config: Mapping[str, Any], key: str) -> int:
-    """A size key of config.json; where it is absent or null, what the table derives or defaults it to."""
-    value = config.get(key)
+    """A size key of config.json: where it is absent the table's default; where that leaves it null, what it derives."""
+    value = config[key] if key in config else table.defaults.get(key)
     if value is None and key in table.derived:
         return evaluate(table.derived[key], lambda name: lookup(table, config, name))
-    if value is None:
-        value = table.defaults.get(key)
     if value is None:
         raise TltError(f"config.json has no {key}, which the {table.name} table needs")
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -23,7 +23,6 @@ def describe(fit: Fit) -> dict[str, Any]:
     window = fit.setting(rules["window"]) if "window" in rules else None
     ropes = _ropes(fit) if any(turns) else {}
     kinds = [SLIDING if slide and SLIDING in ropes else FULL for slide in slides]
-    scaled = _rule(fit, "embedding_scale")
     return {
         "vocab": fit.sizes["vocab"],
         "positions": fit.sizes.get("position"),
@@ -37,8 +36,8 @@ def describe(fit: Fit) -> dict[str, Any]:
         "gain_offset": float(rules.get("gain_offset", 0.0)),
         "epsilon": _number(fit, rules["epsilon"]),
         "activation": _activation(fit),
-        "embedding_scale": None if scaled is None else math.sqrt(scaled),
-        "softmax_scale": _softmax_scales(fit),
+        "embedding_scale": embedding_scale(fit),
+        "softmax_scale": softmax_scales(fit),
         "window": [window if slide else None for slide in slides],
         "rotary": [kind if turn else None for kind, turn in zip(kinds, turns, strict=True)],
         "ropes": ropes,
@@ -81,7 +80,13 @@ def _activation(fit: Fit) -> str:
     return str(name)
 
 
-def _softmax_scales(fit: Fit) -> list[float]:
+def embedding_scale(fit: Fit) -> float | None:
+    """What embeddings are multiplied with; None where they are taken as they are."""
+    scaled = _rule(fit, "embedding_scale")
+    return None if scaled is None else math.sqrt(scaled)
+
+
+def softmax_scales(fit: Fit) -> list[float]:
     """What each layer's scores are multiplied with."""
     rules = fit.family.rules
     divisor = _number(fit, rules["softmax_scalar"]) if "softmax_scalar" in rules else float(fit.head_dim)

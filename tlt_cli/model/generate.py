@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from tlt_cli.errors import TltError
+from tlt_cli.checkpoint.folder import parse_config
+from tlt_cli.errors import TltError, UsageError
 from tlt_cli.model.decoder import Decoder
 
 
@@ -26,12 +30,12 @@ def generate(
     """
     if not len(ids):
         raise TltError("the prompt has no tokens; give at least one")
-    if temperature < 0:
-        raise TltError(f"--temperature {temperature} is negative; 0 takes the likeliest token")
+    if not 0 <= temperature < math.inf:
+        raise UsageError(f"--temperature {temperature} is not a number from 0 up; 0 takes the likeliest token")
     if top_k is not None and top_k < 1:
-        raise TltError(f"--top-k {top_k} leaves no token; it must be at least 1")
+        raise UsageError(f"--top-k {top_k} leaves no token; it must be at least 1")
     if top_p is not None and not 0 < top_p <= 1:
-        raise TltError(f"--top-p {top_p} is not between 0 and 1")
+        raise UsageError(f"--top-p {top_p} is not between 0 and 1")
     if decoder.longest is not None and len(ids) > decoder.longest:
         raise TltError(f"the prompt has {len(ids)} tokens, but the model has {decoder.longest} positions")
     return _draws(decoder, ids, max_new_tokens, temperature, top_k, top_p, seed, frozenset(stop_ids))
@@ -82,3 +86,13 @@ def choose(
         before = chances.cumsum(dim=-1) - chances  # the likeliest token has nothing before it and always stays
         chances[before >= top_p] = 0.0
     return int(order[torch.multinomial(chances, 1, generator=generator)])
+
+
+def stop_ids(config: Mapping[str, Any] | None, companions: Iterable[Path]) -> frozenset[int]:
+    """The ids that end a text, as config.json and generation_config.json name them."""
+    stated = [(config or {}).get("eos_token_id")]
+    for path in companions:
+        if path.name == "generation_config.json":
+            stated.append(parse_config(path.read_bytes(), str(path)).get("eos_token_id"))
+    ids = [one for value in stated for one in (value if isinstance(value, list) else [value])]
+    return frozenset(one for one in ids if isinstance(one, int))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from tlt_cli.errors import TltError
 
 BYTES = 256
 BUILT_IN = "pydoc_data.topics"
+_UNFINISHED = "\ufffd"  # what bytes that are not yet a character decode to
+_SEEN = 16  # tokens before the first new one that its spelling may depend on
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,14 @@ class Tokens:
     notes: tuple[str, ...] = ()
 
 
-def load_tokenizer(companions: Iterable[Path], vocab: int) -> Tokenizer:
-    """The tokenizer among the files beside a checkpoint; bytes where there is none and the vocabulary holds them."""
+def load_tokenizer(companions: Iterable[Path], vocab: int, *, required: bool = False) -> Tokenizer:
+    """The tokenizer among the files beside a checkpoint; bytes where there is none and the vocabulary holds them.
+
+    `required` refuses bytes: where the user says which files hold the tokenizer, one of them must.
+    """
     files = {path.name: path for path in companions}
     if "tokenizer.json" in files:
-        from tokenizers import Tokenizer as Engine
-
-        path = files["tokenizer.json"]
-        try:
-            engine = Engine.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception for whatever is wrong with the file
-            raise TltError(f"cannot read {path}: {error}") from error
-        engine.no_truncation()
-        engine.no_padding()
-        return Tokenizer(str(path), vocab, engine)
+        return read_tokenizer(files["tokenizer.json"], vocab)
     if "tokenizer.model" in files:
         raise TltError(
             f"{files['tokenizer.model']} is a SentencePiece file; convert it first: "
@@ -80,11 +76,27 @@ def load_tokenizer(companions: Iterable[Path], vocab: int) -> Tokenizer:
 
         merged = ByteLevelBPETokenizer.from_file(str(files["vocab.json"]), str(files["merges.txt"]))
         return Tokenizer(str(files["vocab.json"]), vocab, merged._tokenizer)
+    if required:
+        raise TltError(f"no tokenizer.json among the files given: {', '.join(files) or 'there are none'}")
     if vocab < BYTES:
         raise TltError(
-            f"no tokenizer.json beside the checkpoint, and its vocabulary of {vocab} cannot hold the 256 bytes"
+            f"no tokenizer.json beside the checkpoint, and its vocabulary of {vocab} cannot hold the 256 bytes; "
+            "pass --tokenizer PATH"
         )
     return Tokenizer("bytes", vocab)
+
+
+def read_tokenizer(path: Path, vocab: int) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, whatever its name. Raises TltError where it cannot be read."""
+    from tokenizers import Tokenizer as Engine
+
+    try:
+        engine = Engine.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception for whatever is wrong with the file
+        raise TltError(f"cannot read {path}: {error}") from error
+    engine.no_truncation()
+    engine.no_padding()
+    return Tokenizer(str(path), vocab, engine)
 
 
 def load_tokens(tokenizer: Tokenizer, paths: Sequence[str | Path] | None = None) -> Tokens:
@@ -106,6 +118,23 @@ def load_tokens(tokenizer: Tokenizer, paths: Sequence[str | Path] | None = None)
     return Tokens(ids, {"source": source, "sha256": digest, "tokenizer": tokenizer.name}, tuple(notes))
 
 
+def pieces(tokenizer: Tokenizer, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[str]:
+    """The text of ids as they come, never half a character; `after` are the ids that stand before them.
+
+    Joined, the pieces are what decoding all ids at once gives: a piece is what one more id adds to the text of the ids
+    before it, since some tokenizers spell a token by its neighbours.
+    """
+    before, new = list(after)[-_SEEN:], list[int]()
+    for token in ids:
+        new.append(token)
+        text = tokenizer.decode(before + new)
+        if not text.endswith(_UNFINISHED):
+            yield text[len(tokenizer.decode(before)) :]
+            before, new = (before + new)[-_SEEN:], []
+    if new:
+        yield tokenizer.decode(before + new)[len(tokenizer.decode(before)) :]
+
+
 def read_text(path: Path) -> str:
     """A UTF-8 file, newlines as stored. Raises TltError saying where it is not UTF-8."""
     try:
@@ -119,7 +148,7 @@ def read_text(path: Path) -> str:
 
 
 def built_in_text() -> str:
-    """Python's own language help, some 700 kB of English and code: the topics in the order of their names."""
+    """Python's own language help, about half a megabyte of English and code: the topics in the order of their names."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics[name] for name in sorted(topics))

@@ -30,9 +30,9 @@ class Plan:
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Names and shapes, as a family is fitted to them."""
-        return {tensor.name: tensor.shape for tensor in self.tensors}
+        return {tensor.name: tensor.shape for tensor in self.tensors if tensor.file is None}
 
     @property
     def parameters(self) -> int:
         """Number of stored parameters."""
-        return sum(tensor.parameters for tensor in self.tensors)
+        return sum(tensor.parameters for tensor in self.tensors if tensor.file is None)

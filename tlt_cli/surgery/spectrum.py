@@ -15,9 +15,10 @@ from tlt_cli.surgery.maps import COPY, AxisMap
 
 @dataclass(frozen=True, eq=False)
 class DenseMap:
-    """P [new, old] with PT P = (new/old) I. `extra` [new] is a unit vector outside its image (None where new = old)."""
+    """P [new, old] with PT P = `square` I. `extra` [new] is a unit vector outside its image, kept free of noise."""
 
     matrix: Tensor
+    square: float
     extra: Tensor | None = None
 
     @property
@@ -42,16 +43,26 @@ class DenseMap:
 
     def write(self, value: Tensor) -> Tensor:
         """value [..., old] -> [..., new], through P."""
-        return value @ self.matrix.T.to(value.dtype)
+        written: Tensor = value @ self.matrix.T.to(value.dtype)
+        return written
 
     def read(self, value: Tensor) -> Tensor:
         """value [..., old] -> [..., new], through P+ from the right."""
-        return self.write(value) * (self.old / self.new)
+        return self.write(value) / self.square
+
+    def scaled(self, factor: float) -> DenseMap:
+        """The same map with its writes multiplied, and its reads divided."""
+        return DenseMap(self.matrix * factor, self.square * factor**2, self.extra)
+
+    def narrow(self, value: Tensor, *, reads: bool) -> Tensor:
+        """value [..., new] -> [..., old]: P+ of what was written, or P behind what was read."""
+        back = value @ self.matrix.to(value.dtype)
+        return back if reads else back / self.square
 
     def project_out(self, value: Tensor) -> Tensor:
         """value (I - P P+), and nothing along `extra`."""
         matrix = self.matrix.to(value.dtype)
-        value = value - (value @ matrix) @ matrix.T * (self.old / self.new)
+        value = value - (value @ matrix) @ matrix.T / self.square
         if self.extra is not None:
             extra = self.extra.to(value.dtype)
             value = value - (value @ extra)[:, None] * extra
@@ -60,14 +71,14 @@ class DenseMap:
 
 def random_isometry(old: int, new: int, *, keep_mean: bool, seed: int) -> DenseMap:
     """A random P with PT P = (new/old) I. With `keep_mean` it sends the all-ones direction to the all-ones direction,
-    so that LayerNorm's mean and variance survive."""
+    so that LayerNorm's mean and variance survive; a spare direction is then left for the norms' biases."""
     generator = torch.Generator().manual_seed(seed)
-    columns = torch.randn(new, old + (1 if new > old else 0), generator=generator, dtype=torch.float64)
+    columns = torch.randn(new, old + int(keep_mean and new > old), generator=generator, dtype=torch.float64)
     if keep_mean:
         # Work in bases whose first vectors are the all-ones directions: Q = F diag(1, Q') E^T.
         columns[:, 0] = 1.0
     basis, _ = torch.linalg.qr(columns)
-    extra = basis[:, old] if new > old else None
+    extra = basis[:, old] if basis.shape[1] > old else None
     basis = basis[:, :old]
     if keep_mean:
         if float(basis[0, 0]) < 0:
@@ -78,7 +89,7 @@ def random_isometry(old: int, new: int, *, keep_mean: bool, seed: int) -> DenseM
         if float(old_basis[0, 0]) < 0:
             old_basis[:, 0] = -old_basis[:, 0]
         basis = basis @ old_basis.T
-    return DenseMap(basis * math.sqrt(new / old), extra)
+    return DenseMap(basis * math.sqrt(new / old), new / old, extra)
 
 
 def null_basis(mapped: AxisMap | DenseMap, seed: int) -> Tensor:
@@ -86,8 +97,8 @@ def null_basis(mapped: AxisMap | DenseMap, seed: int) -> Tensor:
     if isinstance(mapped, DenseMap):
         random = torch.randn(mapped.new, mapped.new, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         count = mapped.new - mapped.old - (0 if mapped.extra is None else 1)
-        basis, _ = torch.linalg.qr(mapped.project_out(random[:, :].T).T[:, : max(count, 0)])
-        return basis
+        null: Tensor = torch.linalg.qr(mapped.project_out(random.T).T[:, : max(count, 0)])[0]
+        return null
     entries = mapped.null_entries
     copied = mapped.kind[entries] == COPY
     groups = mapped.source[entries[copied]]
@@ -125,4 +136,5 @@ def spectral_fill(weight: Tensor, rows: int, basis: Tensor, generator: np.random
     order = torch.arange(last + 1, last + count + 1, dtype=torch.float64)
     tail = (intercept - slope * order.log()).exp().clamp_max(float(values[-1]))
     left, _ = torch.linalg.qr(torch.from_numpy(generator.standard_normal((rows, count))))
-    return ((left * tail) @ basis[:, :count].T.double()).to(weight.dtype)
+    filled: Tensor = (left * tail) @ basis[:, :count].T.double()
+    return filled.to(weight.dtype)

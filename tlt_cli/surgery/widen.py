@@ -8,6 +8,7 @@ from a generator seeded by the tensor's name, so that neither the order of work 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,7 +39,8 @@ class Widening:
     """How one tensor of the grown model comes from one tensor of the small one.
 
     `sides` are in storage order, at most one of them reads. `offset` is added before and taken off after the maps
-    (gains stored as 1 + w). `gain` names a norm's gain that is folded into the columns that read it.
+    (gains stored as 1 + w). `gain` names a norm's gain that is folded into the columns that read it, `shift` its bias,
+    whose effect they then read along the spare direction of a dense map. `double` asks for float64.
     """
 
     name: str
@@ -51,8 +53,8 @@ class Widening:
     offset: float = 0.0
     gain: str | None = None
     gain_offset: float = 0.0
+    shift: str | None = None
     double: bool = False
-    inverse: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -83,6 +85,7 @@ class Widening:
         return size * 5 * max(BLOCK_ELEMENTS, self.shape[-1])
 
     def __call__(self, tensors: Tensors) -> Iterator[Tensor]:
+        """Consecutive blocks of the new rows, in float32 or float64."""
         dtype = torch.float64 if self.double else torch.float32
         if len(self.sides) == 1:
             yield self._vector(tensors.read(self.source).to(dtype))
@@ -96,8 +99,11 @@ class Widening:
         if self.whole:
             weight = tensors.read(self.source).to(dtype)
             weight = weight.T if self.transposed else weight
+            shifted = None if self.shift is None else weight @ tensors.read(self.shift).to(dtype)
             weight = weight if gain is None else weight * gain
             block = self._block(weight, 0, rows, columns, 0, rows.map.new, spread, weight.mean(0))
+            if shifted is not None:
+                block += self._along_extra(shifted, rows, columns)
             yield (block.T if self.transposed else block).contiguous()
             return
         assert isinstance(rows.map, AxisMap)
@@ -130,20 +136,8 @@ class Widening:
         mean: Tensor | None,
     ) -> Tensor:
         """New rows start to stop, from old rows of which `weight` holds those from `low` on."""
-        if isinstance(rows.map, DenseMap):
-            out = rows.map.write(weight.T).T
-            kind = np.full(stop - start, COPY)
-        else:
-            source, kind = rows.map.source[start:stop], rows.map.kind[start:stop]
-            weights = (rows.map.read if rows.reads else rows.map.write)[start:stop]
-            index = torch.from_numpy(np.where(source >= 0, source - low, 0))
-            out = weight.index_select(0, index)
-            scale = np.where(source >= 0, weights, 0.0)
-            if not np.all(scale == 1):
-                out.mul_(torch.from_numpy(scale).to(out.dtype)[:, None])
-            if mean is not None and (kind == MEAN).any():
-                where = torch.from_numpy(np.flatnonzero(kind == MEAN))
-                out[where] = mean * torch.from_numpy(weights[kind == MEAN]).to(out.dtype)[:, None]
+        kind = np.full(stop - start, COPY) if isinstance(rows.map, DenseMap) else rows.map.kind[start:stop]
+        out = _rows(weight, rows, low, start, stop, mean)
         out = _columns(out, columns, None)
         generator = _generator(self.seed, self.name, start)
         if self.fill == "spectral" and columns.reads and self._has_null and self.noise:
@@ -159,6 +153,12 @@ class Widening:
                 value = _uniform(generator, value.shape, spread * self.noise).to(out.dtype)
             out[torch.from_numpy(free)] = value
         return out
+
+    def _along_extra(self, shifted: Tensor, rows: Side, columns: Side) -> Tensor:
+        """What the readers of a norm added for its bias, [rows], now read from the spare direction [new rows, new]."""
+        assert isinstance(columns.map, DenseMap) and columns.map.extra is not None
+        column = _rows(shifted[:, None], rows, 0, 0, rows.map.new, shifted.mean()[None])
+        return column * columns.map.extra.to(column.dtype)
 
     def _spread(self, tensors: Tensors) -> float:
         """Standard deviation of the source, from evenly spaced rows where it is large."""
@@ -181,8 +181,42 @@ class Widening:
         return (total / count).to(dtype)
 
 
+def narrow(work: Widening, grown: Tensor) -> Tensor:
+    """The small tensor back from the grown one: P_out+ W' P_in, which takes every null-space term off again."""
+    grown = grown + work.offset
+    for position, side in enumerate(work.sides):
+        moved = grown.movedim(position, -1)
+        if isinstance(side.map, DenseMap):
+            back = side.map.narrow(moved, reads=side.reads)
+        else:
+            copied = torch.from_numpy(np.flatnonzero(side.map.kind == COPY))
+            weights = torch.from_numpy(side.map.write if side.reads else side.map.read).to(moved.dtype)
+            source = torch.from_numpy(side.map.source)[copied]
+            back = moved.new_zeros(*moved.shape[:-1], side.map.old)
+            back.index_add_(-1, source, moved[..., copied] * weights[copied])
+        grown = back.movedim(-1, position)
+    return grown - work.offset
+
+
 def _has_mean(side: Side) -> bool:
     return isinstance(side.map, AxisMap) and bool((side.map.kind == MEAN).any())
+
+
+def _rows(weight: Tensor, side: Side, low: int, start: int, stop: int, mean: Tensor | None) -> Tensor:
+    """New rows start to stop of a map, from old rows of which `weight` holds those from `low` on; fresh rows are zero,
+    or the weighted `mean` where they are written as means."""
+    if isinstance(side.map, DenseMap):
+        return side.map.write(weight.T).T
+    source, kind = side.map.source[start:stop], side.map.kind[start:stop]
+    weights = (side.map.read if side.reads else side.map.write)[start:stop]
+    out = weight.index_select(0, torch.from_numpy(np.where(source >= 0, source - low, 0)))
+    scale = np.where(source >= 0, weights, 0.0)
+    if not np.all(scale == 1):
+        out.mul_(torch.from_numpy(scale).to(out.dtype)[:, None])
+    if mean is not None and (kind == MEAN).any():
+        where = torch.from_numpy(np.flatnonzero(kind == MEAN))
+        out[where] = mean * torch.from_numpy(weights[kind == MEAN]).to(out.dtype)[:, None]
+    return out
 
 
 def _columns(base: Tensor, side: Side, mean: Tensor | None) -> Tensor:
@@ -212,9 +246,10 @@ def _runs(source: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Iterator[tuple[
     """(start, stop, source of start) of each stretch of consecutive sources."""
     if not len(source):
         return
-    breaks = np.flatnonzero(np.diff(source) != 1) + 1
+    # -1 before 0 looks like a step of one too, but a fresh entry never starts a stretch
+    breaks = np.flatnonzero((np.diff(source) != 1) | (source[:-1] < 0)) + 1
     edges = [0, *breaks.tolist(), len(source)]
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in itertools.pairwise(edges):
         if source[start] >= 0:
             yield start, stop, int(source[start])
 

@@ -1,0 +1,69 @@
+"""`tlt eval`: perplexity, several checkpoints side by side."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tlt_cli.cli.console import Output, Table
+from tlt_cli.cli.options import (
+    Axis,
+    Data,
+    Device,
+    Dtype,
+    Family,
+    Json,
+    Quiet,
+    Sources,
+    Stream,
+    TokenizerFrom,
+    Verbose,
+)
+
+EXAMPLES = """
+Examples:
+
+tlt eval model --data text.txt
+
+tlt eval small.safetensors big.safetensors --data text.txt --json | jq '.models[].perplexity'
+"""
+
+Context = Annotated[
+    int | None,
+    typer.Option("--context", min=2, metavar="N", help="Tokens per window. Default: 512, or the model's positions."),
+]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", min=1, metavar="N", help="Windows at once. Default: what memory allows.")
+]
+
+
+def evaluate(
+    sources: Sources,
+    data: Data = None,
+    context: Context = None,
+    batch_size: BatchSize = None,
+    family: Family = None,
+    axis: Axis = None,
+    tokenizer: TokenizerFrom = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    stream: Stream = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Perplexity on a text: lower is better.
+
+    Windows of --context tokens do not overlap; of each, every token but the first is scored.
+    """
+    from tlt_cli.cli.measuring import measure, prepare
+
+    out = Output(json=json, quiet=quiet, verbose=verbose)
+    prepared = prepare(sources, out=out, family=family, axes=axis, tokenizer=tokenizer, data=data)
+    models = measure(
+        prepared, out=out, context=context, batch_size=batch_size, device=device, dtype=dtype, stream=stream
+    )
+    columns = ("source", "perplexity", "nll", "tokens", "context", "corpus_sha256", "tokenizer")
+    table = Table(columns, [[model[column] for column in columns] for model in models])
+    out.result(models[0] if len(models) == 1 else {"models": models}, table=table)

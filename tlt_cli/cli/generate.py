@@ -1,0 +1,82 @@
+"""`tlt generate`: the model writes on."""
+
+from __future__ import annotations
+
+from itertools import tee
+from typing import Annotated
+
+import typer
+
+from tlt_cli.cli.console import Output
+from tlt_cli.cli.options import (
+    Axis,
+    Device,
+    Dtype,
+    Family,
+    Json,
+    Quiet,
+    Seed,
+    Source,
+    Stream,
+    TokenizerFrom,
+    Verbose,
+)
+
+EXAMPLES = """
+Examples:
+
+tlt generate model --prompt "Once upon a time"
+
+tlt generate model --prompt "Once upon a time" --temperature 0 --max-tokens 40 --json | jq .text
+"""
+
+Prompt = Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What the model continues.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, metavar="N", help="Most tokens to write.")]
+Temperature = Annotated[float, typer.Option("--temperature", metavar="T", help="0 takes the likeliest token.")]
+TopK = Annotated[int | None, typer.Option("--top-k", metavar="K", help="Draw from the K likeliest tokens alone.")]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", metavar="P", help="Draw from the fewest tokens that hold P of the mass.")
+]
+
+
+def generate(
+    source: Source,
+    prompt: Prompt,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
+    family: Family = None,
+    axis: Axis = None,
+    tokenizer: TokenizerFrom = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    stream: Stream = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Continue a prompt, a token at a time.
+
+    Standard output is the continuation alone, as it is made.
+    """
+    from tlt_cli.cli.opening import load_decoder, opened, tokenizer_for
+    from tlt_cli.model.generate import generate as draw
+    from tlt_cli.model.generate import stop_ids
+    from tlt_cli.model.text import pieces
+
+    out = Output(json=json, quiet=quiet, verbose=verbose)
+    checkpoint, fitted = opened(source, out=out, family=family, axes=axis)
+    words = tokenizer_for(checkpoint, fitted.sizes["vocab"], tokenizer)
+    ids = words.encode(prompt)
+    decoder = load_decoder(checkpoint, fitted, stream=stream, dtype=dtype, device=device)
+    stops = stop_ids(checkpoint.config, checkpoint.companions)
+    drawn, counted = tee(draw(decoder, ids, max_tokens, temperature, top_k, top_p, seed, stops))
+    text = ""
+    for piece in pieces(words, drawn, after=ids.tolist()):
+        text += piece
+        if not json:
+            out.write(piece)
+    data = {"source": source, "prompt": prompt, "text": text, "tokens": len(list(counted)), "seed": seed}
+    out.result({**data, "temperature": temperature, "top_k": top_k, "top_p": top_p}, line="")

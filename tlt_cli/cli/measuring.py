@@ -1,0 +1,95 @@
+"""Perplexity of several checkpoints under the same conditions: everything is opened before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tlt_cli.checkpoint.reader import Checkpoint
+from tlt_cli.cli.console import Output
+from tlt_cli.cli.opening import load_decoder, opened, parse_dtype, tokenizer_for
+from tlt_cli.families.fit import Fit
+from tlt_cli.model.perplexity import perplexity
+from tlt_cli.model.text import Tokens, load_tokens
+
+_USUAL_CONTEXT = 512
+_LOGITS_AT_ONCE = 2**25  # 128 MiB of float32
+_MOST_WINDOWS = 32
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checkpoint and the text, as its own tokenizer cuts it."""
+
+    checkpoint: Checkpoint
+    fit: Fit
+    tokens: Tokens
+
+
+def prepare(
+    sources: Sequence[str],
+    *,
+    out: Output,
+    family: str | None,
+    axes: Sequence[str] | None,
+    tokenizer: str | None,
+    data: Sequence[Path] | None,
+) -> list[Prepared]:
+    """Open every source and read the text for it; what is wrong with any of them is said before any work."""
+    prepared = []
+    said = set()
+    for source in sources:
+        checkpoint, fitted = opened(source, out=out, family=family, axes=axes)
+        tokens = load_tokens(tokenizer_for(checkpoint, fitted.sizes["vocab"], tokenizer), data)
+        for note in tokens.notes:
+            if note not in said:
+                said.add(note)
+                out.note(note)
+        prepared.append(Prepared(checkpoint, fitted, tokens))
+    return prepared
+
+
+def measure(
+    prepared: Sequence[Prepared],
+    *,
+    out: Output,
+    context: int | None,
+    batch_size: int | None,
+    device: str,
+    dtype: str | None,
+    stream: bool,
+) -> list[dict[str, Any]]:
+    """{source, perplexity, nll, tokens, corpus, corpus_sha256, context, tokenizer, ...} of each, one after the other.
+
+    Without a context all of them are read in windows that the shortest-sighted one can see whole.
+    """
+    if context is None:
+        context = min(_USUAL_CONTEXT, *(_positions(one.fit) for one in prepared))
+    reports = []
+    for one in prepared:
+        decoder = load_decoder(one.checkpoint, one.fit, device=device, dtype=dtype, stream=stream)
+        fitting = max(1, min(_MOST_WINDOWS, _LOGITS_AT_ONCE // (context * one.fit.sizes["vocab"])))
+        with out.progress(f"reading {one.tokens.info['source']} with {one.checkpoint.source}") as progress:
+            measured = perplexity(decoder, one.tokens.ids, context, batch_size or fitting, progress)
+        reports.append(
+            {
+                "source": one.checkpoint.source,
+                **measured,
+                "corpus": one.tokens.info["source"],
+                "corpus_sha256": one.tokens.info["sha256"],
+                "context": context,
+                "tokenizer": one.tokens.info["tokenizer"],
+                "family": one.fit.family.name,
+                "dtype": parse_dtype(dtype or "float32"),
+                "device": str(decoder.device),
+            }
+        )
+    return reports
+
+
+def _positions(fit: Fit) -> int:
+    """How far the model was made to see."""
+    stated = fit.sizes.get("position") or fit.setting("max_position_embeddings")
+    return stated if isinstance(stated, int) and stated > 1 else _USUAL_CONTEXT

@@ -1,0 +1,142 @@
+"""From what the user typed to what code works on: a checkpoint fitted to its family, a device, a dtype, a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tlt_cli.axes import bindings
+from tlt_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from tlt_cli.cli.console import Output
+from tlt_cli.errors import TltError, UsageError, nearest
+from tlt_cli.families.fit import Fit, fit
+
+if TYPE_CHECKING:
+    import torch
+
+    from tlt_cli.model.decoder import Decoder
+    from tlt_cli.model.text import Tokenizer
+
+OWN_TABLE = "tlt.toml"
+_DTYPES = {
+    "float32": "F32", "f32": "F32", "fp32": "F32",
+    "float64": "F64", "f64": "F64", "fp64": "F64",
+    "float16": "F16", "f16": "F16", "fp16": "F16",
+    "bfloat16": "BF16", "bf16": "BF16",
+}  # fmt: skip
+
+
+def opened(
+    source: str, *, out: Output, family: str | None = None, axes: Sequence[str] | None = None, values: bool = True
+) -> tuple[Checkpoint, Fit]:
+    """The checkpoint, its headers read and fitted to `family`, to the folder's own tlt.toml, or to the one that fits.
+
+    `axes` are as typed, "kv=4" each. With `values=False` of a repository of the hub only headers are fetched. What the
+    user should know is noted on `out`. Raises TltError naming the source and the first tensor that does not fit.
+    """
+    sizes = parse_axes(axes or ())
+    checkpoint = open_checkpoint(source, values=values)
+    return checkpoint, _fitted(checkpoint, out=out, family=family, sizes=sizes)
+
+
+def opened_if_known(
+    source: str, *, out: Output, family: str | None, axes: Sequence[str] | None
+) -> tuple[Checkpoint, Fit | None]:
+    """As `opened`, headers alone; where no family fits that is noted, unless the user or the folder named one."""
+    sizes = parse_axes(axes or ())
+    checkpoint = open_checkpoint(source, values=False)
+    try:
+        return checkpoint, _fitted(checkpoint, out=out, family=family, sizes=sizes)
+    except TltError as error:
+        if family or sizes or own_table(checkpoint):
+            raise
+        out.note(str(error))
+        return checkpoint, None
+
+
+def _fitted(checkpoint: Checkpoint, *, out: Output, family: str | None, sizes: Mapping[str, int]) -> Fit:
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    try:
+        fitted = fit(shapes, checkpoint.config, family=family or own_table(checkpoint), axes=sizes)
+    except TltError as error:
+        raise type(error)(f"{checkpoint.source}: {error}") from error
+    for note in fitted.notes:
+        out.note(f"{checkpoint.source}: {note}")
+    out.detail(f"{checkpoint.source}: {fitted.family.name} with {bindings(fitted.sizes)}")
+    return fitted
+
+
+def own_table(checkpoint: Checkpoint) -> str | None:
+    """The family table that lies beside the checkpoint's config.json, if one does."""
+    if checkpoint.location is None or checkpoint.config is None:
+        return None
+    folder = checkpoint.location if checkpoint.location.is_dir() else checkpoint.location.parent
+    table = folder / OWN_TABLE
+    return str(table) if table.is_file() else None
+
+
+def parse_axes(axes: Sequence[str]) -> dict[str, int]:
+    """["kv=4", "ffn=172"] -> {"kv": 4, "ffn": 172}.
+
+    >>> parse_axes(["kv=4", "ffn=172"])
+    {'kv': 4, 'ffn': 172}
+    """
+    sizes: dict[str, int] = {}
+    for text in axes:
+        name, sign, size = text.partition("=")
+        if not sign or not name.isidentifier() or not size.isascii() or not size.isdigit() or int(size) < 1:
+            raise UsageError(f"--axis {text}: expected a name and a size of at least 1, such as --axis kv=4")
+        if sizes.setdefault(name, int(size)) != int(size):
+            raise UsageError(f"--axis {name} is given twice, as {sizes[name]} and as {size}")
+    return sizes
+
+
+def parse_dtype(name: str) -> str:
+    """The dtype as safetensors spells it: "bfloat16" and "bf16" are "BF16"."""
+    if name.lower() not in _DTYPES:
+        raise UsageError(
+            f"--dtype {name}: not a dtype to compute or write in{nearest(name, _DTYPES)}; "
+            "expected bfloat16, float16, float32 or float64"
+        )
+    return _DTYPES[name.lower()]
+
+
+def parse_device(name: str) -> torch.device:
+    """The device; "auto" is the accelerator where there is one."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name}: {reason}; expected auto, cpu, cuda or cuda:N") from error
+    return device
+
+
+def load_decoder(
+    checkpoint: Checkpoint, fitted: Fit, *, device: str = "auto", dtype: str | None = None, stream: bool = False
+) -> Decoder:
+    """The model ready to run, in float32 where no dtype is given."""
+    from tlt_cli.checkpoint.cast import torch_dtype
+    from tlt_cli.model.weights import load_checkpoint
+
+    kind, place = torch_dtype(parse_dtype(dtype or "float32")), parse_device(device)
+    return load_checkpoint(checkpoint, fitted, stream=stream, dtype=kind, device=place)
+
+
+def tokenizer_for(checkpoint: Checkpoint, vocab: int, given: str | None) -> Tokenizer:
+    """The tokenizer beside the checkpoint, or the one of `given`: a tokenizer.json, a folder, another checkpoint."""
+    from tlt_cli.model.text import load_tokenizer, read_tokenizer
+
+    if given is None:
+        return load_tokenizer(checkpoint.companions, vocab)
+    path = Path(given).expanduser()
+    if path.is_dir():
+        return load_tokenizer(sorted(path.iterdir()), vocab, required=True)
+    if path.suffix == ".json":
+        return read_tokenizer(path, vocab)
+    return load_tokenizer(open_checkpoint(given).companions, vocab, required=True)

@@ -1,0 +1,120 @@
+"""Proof that a plan keeps the function: both models run on the same tokens, before anything takes its final name.
+
+Two questions are kept apart. What the plan computes, in float32, must equal the source up to rounding. What was
+written may be in a coarser dtype: its distance is reported, and bounded only by what that dtype can cause.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tlt_cli.checkpoint.cast import torch_dtype
+from tlt_cli.checkpoint.lazy import Checkpoint
+from tlt_cli.checkpoint.planned import Tensors
+from tlt_cli.errors import TltError
+from tlt_cli.families import Fit, fit
+from tlt_cli.model.compare import Distance, compare
+from tlt_cli.model.decoder import Decoder
+from tlt_cli.model.describe import describe
+from tlt_cli.model.weights import load_checkpoint
+from tlt_cli.surgery.plan import Plan
+
+BOUND = 5e-5  # largest |difference| of two float32 logits, in their standard deviations, for up to four layers
+_ROUNDINGS = 64  # how many times its own precision a coarser dtype may move a logit
+_MOST_LOGITS = 1 << 23
+_FULL = ("F32", "F64")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """`computed` is the plan against the source; `written` the file against it, where its dtype is a coarser one."""
+
+    computed: Distance
+    bound: float
+    written: Distance | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the plan computes what the source computes."""
+        return self.computed.relative <= self.bound
+
+
+def sample_tokens(fitted: Fit, text: Tensor | None = None, *, seed: int = 0) -> Tensor:
+    """ids [2, T]: random ones, and one more row of each window of `text` [N] that fits, at most two."""
+    longest = min(64, describe(fitted)["positions"] or 64, max(2, _MOST_LOGITS // (4 * fitted.sizes["vocab"])))
+    ids = torch.randint(0, fitted.sizes["vocab"], (2, longest), generator=torch.Generator().manual_seed(seed))
+    if text is None or len(text) < longest:
+        return ids
+    return torch.cat([ids, text[: 2 * longest // longest * longest].reshape(-1, longest)[:2]])
+
+
+def verify(
+    fitted: Fit, plan: Plan, values: Checkpoint, ids: Tensor, *, written: Checkpoint | None = None
+) -> Verification:
+    """Run the source, the plan and, where its dtype is coarser than float32, what was written. Streams: memory is one
+    tensor at a time. A miss in float32 is measured again in float64 before it counts."""
+    grown = fit(plan.shapes, plan.config, family=fitted.family)
+    bound = BOUND * max(1.0, math.sqrt(grown.sizes["layer"] / 4))
+    found = None
+    for dtype in (torch.float32, torch.float64):
+        source = load_checkpoint(values, fitted, stream=True, dtype=dtype)
+        found = Verification(compare(source, planned_decoder(plan, grown, values, dtype=dtype), ids), bound)
+        if found.holds:
+            break
+    assert found is not None
+    coarse = [t.dtype for t in plan.tensors if t.file is None and t.compute is not None and t.dtype not in _FULL]
+    cast = [t.dtype for t in plan.tensors if t.compute is None and values.tensors[t.source].dtype != t.dtype]
+    if written is None or not (coarse or cast) or not plan.exact:
+        return found
+    source = load_checkpoint(values, fitted, stream=True)
+    distance = compare(source, load_checkpoint(written, grown, stream=True), ids)
+    return Verification(found.computed, bound, distance)
+
+
+def check(plan: Plan, verification: Verification) -> None:
+    """TltError where a function-preserving plan misses its bound; `--no-verify` would write it all the same."""
+    if not plan.exact:
+        return
+    if not verification.holds:
+        raise TltError(
+            f"verification failed: logits differ by {verification.computed.relative:.1e} of their deviation, and "
+            f"{verification.bound:.1e} is allowed; nothing was written. Please report it with the command and config.json"
+        )
+    if verification.written is not None:
+        precision = max(
+            torch.finfo(torch_dtype(tensor.dtype)).eps for tensor in plan.tensors if tensor.dtype[0] in "FB"
+        )
+        if verification.written.relative > _ROUNDINGS * precision:
+            moved = verification.written.relative
+            raise TltError(
+                f"verification failed: rounded to the output's dtype, logits move by {moved:.1e} of their deviation; "
+                "nothing was written; take a finer --dtype"
+            )
+
+
+def planned_decoder(plan: Plan, fitted: Fit, values: Tensors, *, dtype: torch.dtype) -> Decoder:
+    """The model that a plan will write, computed tensor by tensor as it runs."""
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+
+    def fetch(name: str) -> Tensor:
+        tensor = planned[name]
+        if tensor.compute is None:
+            return values.read(tensor.source)
+        return torch.cat(list(tensor.compute(values)))
+
+    def fetch_rows(name: str, ids: Tensor) -> Tensor:
+        tensor = planned[name]
+        if tensor.compute is None:
+            return values.read(tensor.source)[ids.cpu()]
+        rows, start, wanted = [], 0, ids.cpu()
+        for block in tensor.compute(values):
+            inside = wanted[(wanted >= start) & (wanted < start + len(block))]
+            rows.append(block[inside - start])
+            start += len(block)
+        return torch.cat(rows)
+
+    return Decoder.stream(describe(fitted), fetch, fetch_rows, dtype=dtype)
