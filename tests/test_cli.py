@@ -317,7 +317,7 @@ BAD_USAGE = [
     (("generate", "model", "--prompt", "a", "--temperature", "nan"), "--temperature nan"),
     (("generate", "model", "--prompt", "a", "--top-k", "0"), "--top-k 0"),
     (("generate", "model", "--prompt", "a", "--top-p", "1.5"), "--top-p 1.5"),
-    (("generate", "model", "--prompt", "a\udc80"), "--prompt is not valid UTF-8"),
+    (("generate", "model", "--prompt", "a\udc80"), "'--prompt': not valid UTF-8"),
 ]
 
 

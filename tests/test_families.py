@@ -498,8 +498,8 @@ BAD_TABLES: dict[str, tuple[str, str]] = {
     "buffers a text": (swapped('["self_attn.rotary_emb.inv_freq"]', '"x"'), "buffers must be a list of names"),
     "fused and unnumbered": (swapped('value  = "self_attn.v_proj"', 'value = "self_attn.k_proj"'), "number them"),
     "fused and misnumbered": (
-        LLAMA.replace('"self_attn.v_proj"', '"self_attn.k_proj[2]"').replace('"self_attn.k_proj"', '"self_attn.k_proj[0]"'),
-        "number them [0] to [1]",
+        swapped("self_attn.v_proj\"\n", "self_attn.k_proj[2]\"\n", swapped("k_proj\"\n", "k_proj[0]\"\n")),
+        "number them [0] to [1]"
     ),
     "unknown rule": (LLAMA + "colour = 1\n", "unknown rule 'colour'"),
     "an unknown norm": (swapped('norm = "rms"', 'norm = "batch"'), "norm must be 'rms' or 'layer', not 'batch'"),

@@ -28,7 +28,8 @@ from tlt_cli.errors import TltError
 if TYPE_CHECKING:
     import torch
 
-_BLOCK_BYTES = 8 << 20
+_COPIED_BYTES = 8 << 20
+_CAST_ELEMENTS = 1 << 19  # few enough that a block stays in the processor's cache
 _BUDGET_PER_JOB = 64 << 20
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -96,7 +97,7 @@ def fill(files: Sequence[OpenShard], values: Checkpoint, *, jobs: int, tally: Ta
     with _one_thread_each(computes and jobs > 1), ThreadPoolExecutor(jobs) as pool:
         try:
             for file, tensor in work:
-                memory = tensor.work or (0 if _is_copy(tensor, values) else 2 * _BLOCK_BYTES)
+                memory = tensor.work or (0 if _is_copy(tensor, values) else 16 * _CAST_ELEMENTS)
                 # One that exceeds the budget by itself runs alone.
                 while running and (len(running) >= jobs or sum(running.values()) + memory > budget):
                     await_one()
@@ -112,10 +113,10 @@ def _fill_one(file: OpenShard, tensor: PlannedTensor, values: Checkpoint, tally:
     start = file.shard.starts[tensor.name]
     size = tensor_bytes(tensor.dtype, tensor.shape)
     if _is_copy(tensor, values):
-        for offset in range(0, size, _BLOCK_BYTES):
+        for offset in range(0, size, _COPIED_BYTES):
             if tally.stop:
                 return
-            length = min(_BLOCK_BYTES, size - offset)
+            length = min(_COPIED_BYTES, size - offset)
             with plain_errors(file.path):
                 values.copy_bytes(tensor.source, offset, length, descriptor=file.descriptor, position=start + offset)
             tally.add(length)
@@ -152,7 +153,7 @@ def _blocks(tensor: PlannedTensor, values: Checkpoint) -> Iterable[torch.Tensor]
     if not tensor.shape:
         return (values.read(tensor.source),)
     rows = tensor.shape[0]
-    step = max(1, _BLOCK_BYTES // (4 * max(1, math.prod(tensor.shape[1:]))))
+    step = max(1, _CAST_ELEMENTS // max(1, math.prod(tensor.shape[1:])))
     return (values.read_rows(tensor.source, row, min(row + step, rows)) for row in range(0, rows, step))
 
 
@@ -185,7 +186,7 @@ def _overflows_at(dtype: torch.dtype) -> float:
     import torch
 
     limits = torch.finfo(dtype)
-    return limits.max + 2.0 ** math.floor(math.log2(limits.max)) * limits.eps / 2
+    return limits.max + 2.0 ** (math.frexp(limits.max)[1] - 1) * limits.eps / 2
 
 
 def _not_finite(tensor: PlannedTensor, values: Checkpoint) -> str:

@@ -110,10 +110,15 @@ def parse_index(raw: bytes, where: str, names: Collection[str]) -> dict[str, str
 
 
 def parse_config(raw: bytes | str, where: str) -> dict[str, Any]:
-    """config.json as a dict, key order kept."""
+    """config.json as a dict, key order kept. NaN and repeated keys pass, as they do in transformers."""
     try:
-        config = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        config = json.loads(raw if isinstance(raw, str) else raw.decode("utf-8"))
+        json.dumps(config, ensure_ascii=False).encode("utf-8")  # an unpaired surrogate could not be written again
+    except UnicodeDecodeError as error:
+        raise TltError(f"{where}: not valid UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise TltError(f"{where}: not valid JSON: nested too deeply") from None
+    except ValueError as error:
         raise TltError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise TltError(f"{where}: must be a JSON object, not {type(config).__name__}")

@@ -83,7 +83,7 @@ def header_length(prefix: bytes, file: str, file_size: int | None) -> int:
     if length > MAX_HEADER_BYTES:
         raise TltError(
             f"{file}: its header length is {length} bytes, more than the format's limit of "
-            f"{MAX_HEADER_BYTES}; it is probably not a safetensors file"
+            f"{MAX_HEADER_BYTES}; {_what_else(prefix)}"
         )
     if file_size is not None and PREFIX_BYTES + length > file_size:
         raise TltError(
@@ -91,6 +91,15 @@ def header_length(prefix: bytes, file: str, file_size: int | None) -> int:
             "it was cut short: fetch or write it again"
         )
     return length
+
+
+def _what_else(prefix: bytes) -> str:
+    """What a file is that does not start like safetensors."""
+    if prefix.startswith(b"version "):
+        return "it is a Git LFS pointer, not the weights: run `git lfs pull`"
+    if prefix.startswith((b"PK\x03\x04", b"\x80")):
+        return "it is a pickle under another name: tlt never opens those; save the model as safetensors"
+    return "it is probably not a safetensors file"
 
 
 def parse_header(raw: bytes, file: str, data_size: int | None) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -147,15 +156,17 @@ def _metadata(value: object, file: str) -> dict[str, str]:
         raise TltError(f"{file}: __metadata__ must be an object of strings, not {shortened(value)}")
     for key, text in value.items():
         if not isinstance(text, str):
-            raise TltError(f"{file}: __metadata__ {key!r} must be a string, not {shortened(text)}")
+            raise TltError(f"{file}: __metadata__ {shortened(key)} must be a string, not {shortened(text)}")
     return value
 
 
 def _tensor(name: str, entry: object, file: str, origin: int) -> TensorInfo:
     """One entry of the JSON, checked by itself."""
-    where = f"{file}: tensor {name!r}"
+    where = f"{file}: tensor {shortened(name)}"
+    if not name.isprintable():
+        raise TltError(f"{where} has a control character in its name")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        found = sorted(entry) if isinstance(entry, dict) else shortened(entry)
+        found = shortened(sorted(entry) if isinstance(entry, dict) else entry)
         raise TltError(f"{where} must have dtype, shape and data_offsets, but has {found}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
@@ -175,6 +186,8 @@ def _tensor(name: str, entry: object, file: str, origin: int) -> TensorInfo:
             f"{where} is {dtype} {shortened(shape)} = {wanted}, "
             f"but data_offsets {begin}..{end} hold {end - begin} bytes"
         )
+    if dtype == "F4" and shape[-1] % 2:
+        raise TltError(f"{where} is F4 {shortened(shape)}: two elements share a byte, so its last dim must be even")
     return TensorInfo(name, dtype, tuple(shape), file, origin + begin, end - begin)
 
 
@@ -185,19 +198,20 @@ def _check_contiguous(tensors: Iterable[TensorInfo], file: str, origin: int, dat
         begin = tensor.start - origin
         if data_size is not None and begin + tensor.nbytes > data_size:
             raise TltError(
-                f"{file}: tensor {tensor.name!r} ends at byte {begin + tensor.nbytes} of the data, "
+                f"{file}: tensor {shortened(tensor.name)} ends at byte {begin + tensor.nbytes} of the data, "
                 f"beyond the end of the file: it holds {data_size}; it was cut short"
             )
         if begin < expected:
             raise TltError(
-                f"{file}: tensor {tensor.name!r} begins at {begin} and overlaps {before}, which ends at {expected}"
+                f"{file}: tensor {shortened(tensor.name)} begins at {begin} and overlaps {before}, "
+                f"which ends at {expected}"
             )
         if begin > expected:
             raise TltError(
-                f"{file}: tensor {tensor.name!r} begins at {begin}, which leaves a hole of "
+                f"{file}: tensor {shortened(tensor.name)} begins at {begin}, which leaves a hole of "
                 f"{begin - expected} bytes behind {before}"
             )
-        expected, before = begin + tensor.nbytes, repr(tensor.name)
+        expected, before = begin + tensor.nbytes, shortened(tensor.name)
     if data_size is not None and expected != data_size:
         raise TltError(
             f"{file}: {data_size - expected} trailing bytes behind {before}; "

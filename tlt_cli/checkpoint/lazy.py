@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 _HASHING_THREADS = 8
+_BLOCK = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,14 @@ class Checkpoint:
         info = self._info(name)
         assert 0 <= offset <= offset + length <= info.nbytes
         self._open_files().copy(info.file, info.start + offset, length, descriptor, position)
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors have the same dtype, shape and bytes; no more than two blocks are in memory."""
+        one, two = self._info(name), self._info(other)
+        if (one.dtype, one.shape) != (two.dtype, two.shape):
+            return False
+        blocks = ((offset, min(_BLOCK, one.nbytes - offset)) for offset in range(0, one.nbytes, _BLOCK))
+        return all(self.read_bytes(name, *block) == self.read_bytes(other, *block) for block in blocks)
 
     def digest(self) -> str:
         """sha256 of the weight file; of several shards, of what `sha256sum SHARDS` prints, sorted.

@@ -42,7 +42,7 @@ def open_file(path: Path, source: str) -> Checkpoint:
 def open_folder(path: Path, source: str) -> Checkpoint:
     """A folder with one weight file, or with an index and its shards."""
     try:
-        names = [entry.name for entry in path.iterdir() if not entry.is_dir()]
+        names = [entry.name if entry.is_file() else f"{entry.name} (not a file)" for entry in path.iterdir()]
         companions = folder.companions_of_folder(path)
         card = path / "README.md"
         card_text = card.read_text("utf-8", errors="replace") if card.is_file() else None

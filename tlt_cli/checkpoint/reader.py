@@ -30,10 +30,12 @@ def open_checkpoint(source: str | Path, *, values: bool = True) -> Checkpoint:
     text = str(source)
     if text.startswith(("hf://", "http://", "https://")):
         return _open_remote(text, text, values=values)
-    path = Path(source).expanduser()
+    if not text:
+        raise TltError("no checkpoint given: the name is empty")
     try:
+        path = Path(source).expanduser()
         is_folder, exists = path.is_dir(), path.exists()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise TltError(f"{text!r}: not a usable path: {error}") from None
     if is_folder:
         return open_folder(path, text)
@@ -42,6 +44,8 @@ def open_checkpoint(source: str | Path, *, values: bool = True) -> Checkpoint:
         return open_file(path, text)
     if isinstance(source, str) and _REPOSITORY.match(text) and not text.endswith(_FILE_SUFFIXES):
         return _open_remote(text, f"hf://{text}", values=values)
+    if path.is_symlink():
+        raise TltError(f"{text}: a link that leads nowhere")
     raise TltError(f"{text}: no such file or folder")
 
 

@@ -78,7 +78,10 @@ def _draft(checkpoint: Checkpoint) -> Iterator[str]:
     transposed = any(
         roles[row] == "up" and shape[:1] == (sizes.get("hidden"),) != shape[1:] for row, shape in shapes.items()
     )
-    rows = {row: _layout(roles[row], shape, sizes, transposed=transposed) for row, shape in shapes.items()}
+    rows = {
+        row: _layout(roles[row], shape, sizes, transposed=transposed and "{layer}" in row)
+        for row, shape in shapes.items()
+    }
     if not rotates:
         rows = {row: layout.replace("2 rotary", "channel") for row, layout in rows.items()}
     config = checkpoint.config or {}

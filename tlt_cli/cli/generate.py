@@ -30,7 +30,15 @@ tlt generate model --prompt "Once upon a time"
 tlt generate model --prompt "Once upon a time" --temperature 0 --max-tokens 40 --json | jq .text
 """
 
-Prompt = Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What the model continues.")]
+
+def _utf8(text: str) -> str:
+    """A command line may hold any bytes; those that are no UTF-8 arrive as lone surrogates."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise typer.BadParameter("not valid UTF-8")
+    return text
+
+
+Prompt = Annotated[str, typer.Option("--prompt", metavar="TEXT", callback=_utf8, help="What the model continues.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, metavar="N", help="Most tokens to write.")]
 Temperature = Annotated[float, typer.Option("--temperature", metavar="T", help="0 takes the likeliest token.")]
 TopK = Annotated[int | None, typer.Option("--top-k", metavar="K", help="Draw from the K likeliest tokens alone.")]

@@ -74,7 +74,9 @@ Fill = Annotated[
 ]  # fmt: skip
 Noise = Annotated[
     float,
-    typer.Option("--noise", metavar="S", rich_help_panel=_HOW, help="Size of the fill, in each matrix's deviations."),
+    typer.Option(
+        "--noise", metavar="S", rich_help_panel=_HOW, help="Size of the fill: 1 is that of the matrix's own weights."
+    ),
 ]
 Split = Annotated[
     float, typer.Option("--split", metavar="X", rich_help_panel=_HOW, help="Share that the first of two copies keeps.")

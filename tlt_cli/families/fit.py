@@ -132,7 +132,8 @@ def _made_up_config(table: Family, places: Mapping[str, Place], sizes: Mapping[s
     found = {key: biased.issuperset(roles) for key, roles in table.biases.items()}
     tied = not stored(places, "head") or not stored(places, "embedding")
     named = {"architectures": list(table.architectures[:1]), "model_type": table.model_type}
-    config = {**named, **table.defaults, **found, **({_TIE: tied} if table.tied else {})}
+    unnamed = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # else transformers puts its own
+    config = {**named, **unnamed, **table.defaults, **found, **({_TIE: tied} if table.tied else {})}
     solved = {term for expression in table.axes.values() for term in (expression.left, expression.right)}
     assumed = [f"{key}={config[key]}" for key in table.defaults if key not in solved and key != _TIE]
     return edit_config(table, config, sizes), f"no config.json: read as {table.name} with {', '.join(assumed)}"

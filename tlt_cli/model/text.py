@@ -74,8 +74,12 @@ def load_tokenizer(companions: Iterable[Path], vocab: int, *, required: bool = F
     if "vocab.json" in files and "merges.txt" in files:
         from tokenizers import ByteLevelBPETokenizer
 
-        merged = ByteLevelBPETokenizer.from_file(str(files["vocab.json"]), str(files["merges.txt"]))
-        return Tokenizer(str(files["vocab.json"]), vocab, merged._tokenizer)
+        path = files["vocab.json"]
+        try:
+            merged = ByteLevelBPETokenizer.from_file(str(path), str(files["merges.txt"]))
+        except Exception as error:  # as bare as read_tokenizer's
+            raise TltError(f"cannot read {path} and merges.txt: {error}") from error
+        return Tokenizer(str(path), vocab, merged._tokenizer)
     if required:
         raise TltError(f"no tokenizer.json among the files given: {', '.join(files) or 'there are none'}")
     if vocab < BYTES:

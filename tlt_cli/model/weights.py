@@ -42,6 +42,19 @@ def load(
     return decoder
 
 
+def _finite(read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+    """Reads as `read` does; raises TltError naming the tensor that holds NaN or infinity."""
+
+    def checked(name: str) -> Tensor:
+        tensor = read(name)
+        wide = tensor.float() if tensor.element_size() == 1 else tensor  # 8-bit floats know no comparison
+        if tensor.numel() and not torch.stack(torch.aminmax(wide)).isfinite().all():
+            raise TltError(f"{name} holds NaN or infinite values: the weights are broken")
+        return tensor
+
+    return checked
+
+
 def load_checkpoint(
     checkpoint: Checkpoint,
     fit: Fit,
@@ -50,10 +63,13 @@ def load_checkpoint(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Decoder:
-    """The decoder of a fitted checkpoint; with `stream` its tensors stay on disk and memory holds one at a time."""
-    description = describe(fit)
+    """The decoder of a fitted checkpoint; with `stream` its tensors stay on disk and memory holds one at a time.
+
+    Raises TltError for what the decoder cannot compute, and for weights that are not finite when they are read.
+    """
+    description, read = describe(fit), _finite(checkpoint.read)
     if not stream:
-        return load(checkpoint.read, fit.places, description, dtype, device)
+        return load(read, fit.places, description, dtype, device)
 
     def rows(name: str, ids: Tensor) -> Tensor:
         """Rows `ids`, ascending [n] -> [n, ...]: one read per run of neighbours."""
@@ -64,4 +80,4 @@ def load_checkpoint(
         runs = wanted.tensor_split(ends)
         return torch.cat([checkpoint.read_rows(name, int(run[0]), int(run[-1]) + 1) for run in runs])
 
-    return Decoder.stream(description, checkpoint.read, rows, dtype=dtype, device=device)
+    return Decoder.stream(description, read, rows, dtype=dtype, device=device)

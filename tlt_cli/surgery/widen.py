@@ -1,13 +1,11 @@
 """One tensor through its maps: `W' = P_out W P_in+ + R (I - P_in P_in+)`, block of rows by block of rows.
 
 R never reaches the function, because what `in` carries lies in the image of P_in; it is what makes the new
-coordinates trainable (reference: grow, section 3.0). It is drawn uniformly with the asked-for standard deviation,
-from a generator seeded by the tensor's name, so that neither the order of work nor the number of jobs changes it.
+coordinates trainable (noise.py draws it).
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from tlt_cli.checkpoint.planned import Tensors
 from tlt_cli.surgery.maps import COPY, FREE, MEAN, AxisMap
+from tlt_cli.surgery.noise import Spread, add_null_noise, generator_for, spread_of, uniform
 from tlt_cli.surgery.spectrum import DenseMap, null_basis, spectral_fill
 
 BLOCK_ELEMENTS = 1 << 20
@@ -76,6 +75,12 @@ class Widening:
     def _has_null(self) -> bool:
         return any(side.reads and len(side.map.null_entries) > 0 for side in self.sides)
 
+    @cached_property
+    def noise_size(self) -> float:
+        """Deviation of the noise, in deviations of the source: less where there are more inputs."""
+        inputs = [side.map for side in self.sides if side.reads]
+        return self.noise * math.sqrt(math.prod(mapped.old / mapped.new for mapped in inputs))
+
     @property
     def work(self) -> int:
         """Peak bytes of memory that computing takes, roughly."""
@@ -88,17 +93,18 @@ class Widening:
         """Consecutive blocks of the new rows, in float32 or float64."""
         dtype = torch.float64 if self.double else torch.float32
         if len(self.sides) == 1:
-            yield self._vector(tensors.read(self.source).to(dtype))
+            # in float64, for a gain stored as 1 + w must come back from its sum with 1
+            yield self._vector(tensors.read(self.source).double())
             return
         rows, columns = self.sides[::-1] if self.transposed else self.sides
         gain = None
         if self.gain is not None:
             gain = tensors.read(self.gain).to(dtype) + self.gain_offset
-        spread = self._spread(tensors) if self.noise else 0.0
         mean = self._mean_row(tensors, dtype) if _has_mean(rows) and not self.whole else None
         if self.whole:
             weight = tensors.read(self.source).to(dtype)
             weight = weight.T if self.transposed else weight
+            spread = spread_of(weight) if self.noise else Spread(0.0)
             shifted = None if self.shift is None else weight @ tensors.read(self.shift).to(dtype)
             weight = weight if gain is None else weight * gain
             block = self._block(weight, 0, rows, columns, 0, rows.map.new, spread, weight.mean(0))
@@ -107,6 +113,7 @@ class Widening:
             yield (block.T if self.transposed else block).contiguous()
             return
         assert isinstance(rows.map, AxisMap)
+        spread = self._sampled_spread(tensors) if self.noise else Spread(0.0)
         step = max(1, BLOCK_ELEMENTS // max(1, columns.map.new))
         for start in range(0, rows.map.new, step):
             stop = min(rows.map.new, start + step)
@@ -132,25 +139,25 @@ class Widening:
         columns: Side,
         start: int,
         stop: int,
-        spread: float,
+        spread: Spread,
         mean: Tensor | None,
     ) -> Tensor:
         """New rows start to stop, from old rows of which `weight` holds those from `low` on."""
         kind = np.full(stop - start, COPY) if isinstance(rows.map, DenseMap) else rows.map.kind[start:stop]
         out = _rows(weight, rows, low, start, stop, mean)
         out = _columns(out, columns, None)
-        generator = _generator(self.seed, self.name, start)
+        generator = generator_for(self.seed, self.name, start)
         if self.fill == "spectral" and columns.reads and self._has_null and self.noise:
             basis = null_basis(columns.map, self.seed).to(out.dtype)
             grown = math.sqrt(rows.map.new / rows.map.old * columns.map.old / columns.map.new)
             out += self.noise * grown * spectral_fill(weight, rows.map.new, basis, generator)
         elif self.fill != "zero" and self.noise and columns.reads:
-            _add_null_noise(out, columns.map, spread * self.noise, generator)
+            add_null_noise(out, columns.map, spread, self.noise_size, generator)
         free = np.flatnonzero(kind == FREE)
         if len(free):
             value = torch.zeros(len(free), out.shape[1], dtype=out.dtype)
             if self.fill != "zero" and self.noise:
-                value = _uniform(generator, value.shape, spread * self.noise).to(out.dtype)
+                value = uniform(generator, value.shape, spread.whole * self.noise_size).to(out.dtype)
             out[torch.from_numpy(free)] = value
         return out
 
@@ -160,17 +167,15 @@ class Widening:
         column = _rows(shifted[:, None], rows, 0, 0, rows.map.new, shifted.mean()[None])
         return column * columns.map.extra.to(column.dtype)
 
-    def _spread(self, tensors: Tensors) -> float:
-        """Standard deviation of the source, from evenly spaced rows where it is large."""
-        count, width = self.old_shape[0], math.prod(self.old_shape[1:])
+    def _sampled_spread(self, tensors: Tensors) -> Spread:
+        """The source's spread, from evenly spaced rows where it is large."""
+        count, width = self.old_shape
         if count * width <= _SAMPLE_ELEMENTS:
-            return float(tensors.read(self.source).double().std(correction=0))
+            return spread_of(tensors.read(self.source))
         pieces = min(64, count)
         height = max(1, _SAMPLE_ELEMENTS // (pieces * width))
         starts = [piece * (count - height) // max(1, pieces - 1) for piece in range(pieces)]
-        return float(
-            torch.cat([tensors.read_rows(self.source, s, s + height).double() for s in starts]).std(correction=0)
-        )
+        return spread_of(torch.cat([tensors.read_rows(self.source, start, start + height) for start in starts]))
 
     def _mean_row(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         count, width = self.old_shape
@@ -183,7 +188,7 @@ class Widening:
 
 def narrow(work: Widening, grown: Tensor) -> Tensor:
     """The small tensor back from the grown one: P_out+ W' P_in, which takes every null-space term off again."""
-    grown = grown + work.offset
+    dtype, grown = grown.dtype, grown.double() + work.offset
     for position, side in enumerate(work.sides):
         moved = grown.movedim(position, -1)
         if isinstance(side.map, DenseMap):
@@ -195,7 +200,7 @@ def narrow(work: Widening, grown: Tensor) -> Tensor:
             back = moved.new_zeros(*moved.shape[:-1], side.map.old)
             back.index_add_(-1, source, moved[..., copied] * weights[copied])
         grown = back.movedim(-1, position)
-    return grown - work.offset
+    return (grown - work.offset).to(dtype)
 
 
 def _has_mean(side: Side) -> bool:
@@ -252,40 +257,3 @@ def _runs(source: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Iterator[tuple[
     for start, stop in itertools.pairwise(edges):
         if source[start] >= 0:
             yield start, stop, int(source[start])
-
-
-def _add_null_noise(out: Tensor, mapped: AxisMap | DenseMap, spread: float, generator: np.random.Generator) -> None:
-    """Add R (I - P P+) to `out` in place, R uniform with this standard deviation."""
-    if isinstance(mapped, DenseMap):
-        noise = _uniform(generator, out.shape, spread).to(out.dtype)
-        out += mapped.project_out(noise)
-        return
-    entries = mapped.null_entries
-    if not len(entries):
-        return
-    noise = _uniform(generator, torch.Size((out.shape[0], len(entries))), spread).to(out.dtype)
-    copied = mapped.kind[entries] == COPY
-    if copied.any():
-        members = entries[copied]
-        where = torch.from_numpy(np.flatnonzero(copied))
-        groups = torch.from_numpy(mapped.source[members])
-        write = torch.from_numpy(mapped.write[members]).to(out.dtype)
-        read = torch.from_numpy(mapped.read[members]).to(out.dtype)
-        part = noise[:, where]
-        sums = out.new_zeros(out.shape[0], mapped.old).index_add_(1, groups, part * write)
-        noise[:, where] = part - sums[:, groups] * read
-    if entries[-1] - entries[0] + 1 == len(entries):
-        out[:, int(entries[0]) : int(entries[-1]) + 1] += noise
-    else:
-        out[:, torch.from_numpy(entries)] += noise
-
-
-def _generator(seed: int, name: str, start: int) -> np.random.Generator:
-    digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-    return np.random.Generator(np.random.SFC64(np.random.SeedSequence([seed, digest, start])))
-
-
-def _uniform(generator: np.random.Generator, shape: torch.Size, spread: float) -> Tensor:
-    """Uniform with mean zero and this standard deviation (a uniform on [-a, a] has a / sqrt(3))."""
-    noise = torch.from_numpy(generator.random(tuple(shape), dtype=np.float32))
-    return noise.sub_(0.5).mul_(2 * math.sqrt(3) * spread)
