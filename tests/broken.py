@@ -505,11 +505,11 @@ BROKEN: dict[str, Broken] = {
     ),
     "heads unknown": Broken(bare, "key/value heads from shapes alone; pass --axis kv=N", MODEL_FAULT),
     "an adapter": Broken(adapter, "no family matches", MODEL_FAULT),
-    "NaN in the weights": Broken(tensors(_set(float("nan"))), "layers.1.mlp.up_proj.weight holds NaN", MODEL_FAULT),
-    "infinity in the weights": Broken(tensors(_set(float("inf"))), "up_proj.weight holds NaN or infinite", MODEL_FAULT),
+    "NaN in the weights": Broken(tensors(_set(float("nan"))), "layers.1.mlp.up_proj.weight holds", MODEL_FAULT),
+    "infinity in the weights": Broken(tensors(_set(float("inf"))), "layers.1.mlp.up_proj.weight holds", MODEL_FAULT),
     # a table of its own
-    "own table not TOML": Broken(own_table("[axes"), "family table tlt: not valid TOML", MODEL_FAULT),
-    "own table empty": Broken(own_table(""), "family table tlt: the section [axes] is missing", MODEL_FAULT),
+    "own table not TOML": Broken(own_table("[axes"), "family table tlt: not valid TOML"),
+    "own table empty": Broken(own_table(""), "family table tlt: the section [axes] is missing"),
     # tokenizer and text
     "tokenizer not JSON": Broken(file("tokenizer.json", "{"), "tokenizer.json", TEXT_FAULT),
     "tokenizer empty": Broken(file("tokenizer.json", ""), "tokenizer.json", TEXT_FAULT),

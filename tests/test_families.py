@@ -383,7 +383,7 @@ def test_biases_agree_with_their_switch() -> None:
         ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number, not nan"),
         ("llama", {"rms_norm_eps": None}, "rms_norm_eps must be a positive number"),
         ("llama", {"hidden_act": ["silu"]}, "hidden_act must be a name"),
-        ("llama", {"rope_theta": float("inf")}, "rope_theta must be a positive number, not inf"),
+        ("llama", {"rope_theta": float("inf")}, "rope_theta must be a positive number, or null, not inf"),
         ("llama", {"rope_parameters": "default"}, "rope_parameters must be an object, or null, not 'default'"),
         ("llama", {"rope_parameters": {"rope_type": 3}}, "rope_parameters.rope_type must be a name"),
         ("llama", {"rope_scaling": [1]}, "rope_scaling must be an object"),
@@ -411,6 +411,37 @@ def test_configs_that_cannot_be(family: str, keys: Config, message: str) -> None
     with pytest.raises(TltError) as caught:
         fit(shapes, {**config, **keys})
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+HUGE, INFINITE = 10**400, float("inf")
+ODD_VALUES: list[Any] = [
+    None, True, 0, -1, 0.5, 10**12, HUGE, INFINITE, -INFINITE, float("nan"), 1e-400, "", "8", "a\nb", "x" * 60,
+    [], [1], [[]], ["full_attention"] * 9, {}, {"x": []}, {"rope_type": "linear"}, {"rope_type": "dynamic"},
+    {"type": "linear", "factor": HUGE}, {"type": "linear", "factor": 0}, {"type": "linear", "factor": True},
+    {"type": "linear", "factor": INFINITE}, {"rope_theta": HUGE}, {"rope_theta": []}, {"partial_rotary_factor": "x"},
+    {"full_attention": {"rope_type": "linear", "factor": "8"}}, {"full_attention": {"full_attention": {}}},
+    {"rope_type": "llama3", "factor": 1, "low_freq_factor": 1, "high_freq_factor": HUGE},
+    {"rope_type": "llama3", "factor": 1, "low_freq_factor": 1, "high_freq_factor": 1},
+    {"rope_type": "llama3", "factor": 1, "low_freq_factor": 1, "high_freq_factor": 4,
+     "original_max_position_embeddings": HUGE},
+]  # fmt: skip
+MORE_KEYS = ["rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "layer_types"]
+
+
+@everywhere
+def test_no_value_of_a_key_does_anything_but_fit_or_be_refused(family: str) -> None:
+    shapes, config = header(family)
+    outcomes = set()
+    for key in {*config, *MORE_KEYS}:
+        for value in ODD_VALUES:
+            try:
+                description = describe(fit(shapes, {**config, key: value}))
+                json.dumps(description, allow_nan=False)
+                outcomes.add("fits")
+            except TltError as error:
+                assert len(str(error)) < 1500, key
+                outcomes.add("refused")
+    assert outcomes == {"fits", "refused"}
 
 
 def test_tied_by_config_or_by_the_file() -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -56,7 +57,7 @@ def doubled(source: Checkpoint, dtype: str | None = None, factor: float = 2.0) -
     def compute(name: str) -> Callable[[Tensors], Iterator[torch.Tensor]]:
         def blocks(values: Tensors) -> Iterator[torch.Tensor]:
             whole = values.read(name).float() * factor
-            yield from (whole.split(2) if whole.dim() else (whole,))
+            yield from (torch.split(whole, 2) if whole.dim() else (whole,))
 
         return blocks
 
@@ -334,9 +335,9 @@ def test_outputs_that_are_refused(tmp_path: Path, source: Checkpoint, monkeypatc
     put(here, source)
     (here / "below").mkdir()
     monkeypatch.chdir(here / "below")
-    for output in (here, Path(".."), Path()):
-        with pytest.raises(TltError, match=r"is the current folder or holds it"):
-            put(output, source, force=True)
+    for current in (here, Path(".."), Path()):
+        with pytest.raises(TltError, match="is the current folder or holds it"):
+            put(current, source, force=True)
     assert (here / "model.safetensors").is_file()
 
 
@@ -453,12 +454,12 @@ def test_too_little_room_is_said_before_the_work(
     tmp_path: Path, source: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = put(tmp_path / "out", source).bytes
-    usage = staging.shutil.disk_usage(tmp_path)._replace(free=wanted - 1)
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=wanted - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(TltError, match=f"take {wanted:,} bytes, but .* has {wanted - 1:,} free"):
         put(tmp_path / "more", source, doubled(source), progress=raising(AssertionError("it worked")))
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage._replace(free=wanted))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=wanted))
     put(tmp_path / "more", source)
 
 
@@ -508,7 +509,7 @@ def test_a_kill_leaves_the_old_output_or_the_new_one(tmp_path: Path, existing: b
     draw = random.Random(0)
     outcomes = []
     took = 0.03
-    for _ in range(15):
+    for _ in range(10):
         if existing:
             put(output, old, force=True)
         command = [sys.executable, "-c", _WRITER, str(tmp_path / "source"), str(output), "force" if existing else ""]
@@ -528,11 +529,21 @@ def test_a_kill_leaves_the_old_output_or_the_new_one(tmp_path: Path, existing: b
         assert found in (old_contents, new_contents)
         outcomes.append(process.returncode)
         if not existing and found:
-            staging.shutil.rmtree(output)
+            shutil.rmtree(output)
     put(output, source, max_shard_size=1_000_000, force=existing)
     assert contents(output) == new_contents
     assert {path.name for path in tmp_path.iterdir()} <= {"source", "new", "old", "old out", "out"}
     assert -signal.SIGKILL in outcomes  # else nothing was tried
+
+
+def test_copying_needs_no_torch(tmp_path: Path, source: Checkpoint) -> None:
+    look = "print('torch' in sys.modules)"
+    for change, needed in (("", "False"), ("info.dtype, info.name", "True")):
+        code = _WRITER.replace(change, "'F16', info.name") if change else _WRITER
+        output = tmp_path / needed
+        command = [sys.executable, "-c", code + look, str(tmp_path / "source"), str(output), ""]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert said.split() == ["ready", needed]
 
 
 _KILL_BEFORE = """
@@ -563,7 +574,7 @@ def outputs_of_kills(tmp_path: Path, source: Checkpoint, old: Checkpoint | None,
     output, found = tmp_path / "out", []
     for calls in range(100):
         if output.exists():
-            staging.shutil.rmtree(output)
+            shutil.rmtree(output)
         if old is not None:
             put(output, old)
         command = [sys.executable, "-c", _KILL_BEFORE + _WRITER, str(tmp_path / "source"), str(output)]

@@ -6,6 +6,7 @@ and a file that shrinks under a mapping kills the process where a short read can
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -19,6 +20,7 @@ from tlt_cli.errors import TltError
 _HASH_BLOCK = 4 << 20
 _COPY_BLOCK = 1 << 20
 _WRITE_BLOCK = 256 << 10
+_SYNC_FILE_RANGE_WRITE = 2  # start, do not wait
 # What a kernel or a disk answers when it cannot copy between these two files by itself.
 _COPY_ELSEWHERE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 
@@ -115,6 +117,13 @@ def write_at(descriptor: int, data: memoryview, position: int) -> None:
     written = 0
     while written < len(data):
         written += os.pwrite(descriptor, data[written : written + _WRITE_BLOCK], position + written)
+
+
+def start_writeback(descriptor: int, position: int, length: int) -> None:
+    """Let the disk begin with these bytes now: then an fsync at the end finds little left. Advice, on Linux alone."""
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if call is not None:
+        call(descriptor, ctypes.c_int64(position), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
 
 
 def _kernel_copy(source: int, offset: int, length: int, target: int, position: int) -> int:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tlt_cli.checkpoint.files import write_at
+from tlt_cli.checkpoint.files import start_writeback, write_at
 from tlt_cli.checkpoint.header import tensor_bytes
 from tlt_cli.checkpoint.lazy import Checkpoint
 from tlt_cli.checkpoint.planned import PlannedTensor
@@ -119,6 +119,7 @@ def _fill_one(file: OpenShard, tensor: PlannedTensor, values: Checkpoint, tally:
             length = min(_COPIED_BYTES, size - offset)
             with plain_errors(file.path):
                 values.copy_bytes(tensor.source, offset, length, descriptor=file.descriptor, position=start + offset)
+            start_writeback(file.descriptor, start + offset, length)
             tally.add(length)
         return
     from tlt_cli.checkpoint.cast import memory
@@ -133,6 +134,7 @@ def _fill_one(file: OpenShard, tensor: PlannedTensor, values: Checkpoint, tally:
         assert written + len(data) <= size, f"{tensor.name}: more rows than {tensor.shape}"
         with plain_errors(file.path):
             write_at(file.descriptor, data, start + written)
+        start_writeback(file.descriptor, start + written, len(data))
         written += len(data)
         tally.add(len(data))
     assert written == size, f"{tensor.name}: {written} of {size} bytes computed"

@@ -29,7 +29,7 @@ from tlt_cli.checkpoint.staging import (
     sync_folder,
 )
 
-__all__ = ["Layout", "Written", "check_target", "parse_size", "plan_files", "write"]
+__all__ = ["Layout", "Written", "check_room", "check_target", "parse_size", "plan_files", "write"]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from tlt_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from tlt_cli.cli.console import Output
 from tlt_cli.errors import TltError, UsageError, nearest
 from tlt_cli.families.fit import Fit, fit
+from tlt_cli.families.ties import check_ties
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,10 @@ def opened(
     """
     sizes = parse_axes(axes or ())
     checkpoint = open_checkpoint(source, values=values)
-    return checkpoint, _fitted(checkpoint, out=out, family=family, sizes=sizes)
+    fitted = _fitted(checkpoint, out=out, family=family, sizes=sizes)
+    if values:
+        check_ties(checkpoint, fitted)
+    return checkpoint, fitted
 
 
 def opened_if_known(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tlt_cli.checkpoint.strict_json import shortened
 from tlt_cli.errors import TltError, nearest
 from tlt_cli.families.place import Shapes, place, stored, unknown_names
 from tlt_cli.families.table import Family, known_families, load_family
@@ -34,7 +35,7 @@ def choose(
 def _by_architecture(tables: list[Family], config: Mapping[str, Any]) -> Family:
     architectures, model_type = config.get("architectures") or [], config.get("model_type")
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        raise TltError(f"config.json: architectures must be a list of names, not {architectures!r}")
+        raise TltError(f"config.json: architectures must be a list of names, not {shortened(architectures)}")
     for table in tables:
         if set(architectures) & set(table.architectures) or (not architectures and table.model_type == model_type):
             return table
@@ -43,7 +44,7 @@ def _by_architecture(tables: list[Family], config: Mapping[str, Any]) -> Family:
     named = architectures[0] if architectures else str(model_type)
     known = [name for table in tables for name in (table.architectures if architectures else [table.model_type])]
     raise TltError(
-        f"no family table for {named!r}{nearest(named, known)}; tables: {', '.join(t.name for t in tables)}; "
+        f"no family table for {shortened(named)}{nearest(named, known)}; tables: {', '.join(t.name for t in tables)}; "
         "write one with `tlt inspect SRC --toml > my.toml` and pass --family my.toml"
     )
 

@@ -6,11 +6,12 @@ computes by them meets a text where a number is due.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tlt_cli.checkpoint.strict_json import shortened
 from tlt_cli.errors import TltError
 
 
@@ -23,7 +24,7 @@ class Kind:
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _whole(value: Any, least: int) -> bool:
@@ -70,6 +71,7 @@ CONFIG: dict[str, Kind] = {
 }
 NEEDED = ("norm", "epsilon", "activation")
 
+_POSITIONS = ("rope_theta", "max_position_embeddings", "original_max_position_embeddings")
 _ROPES = ("rope_parameters", "rope_scaling")
 
 
@@ -80,27 +82,25 @@ def check_config(
 
     `switches` are further keys that must be true or false; lists must have an entry for each of the `layers`.
     """
+    listed = "layer_types" in rules and setting(rules["layer_types"]) is not None
     for rule, kind in CONFIG.items():
-        if rule in rules:
+        if rule in rules and not (rule == "full_every" and listed):
             _check(rules[rule], setting(rules[rule]), kind)
     for rule in ("layer_types", "rotary_layers"):
-        listed = setting(rules[rule]) if rule in rules else None
-        if listed is not None and len(listed) < layers:
-            raise TltError(f"config.json: {rules[rule]} has {len(listed)} entries for {layers} layers")
+        entries = setting(rules[rule]) if rule in rules else None
+        if entries is not None and len(entries) < layers:
+            raise TltError(f"config.json: {rules[rule]} has {len(entries)} entries for {layers} layers")
     for key in switches:
         _check(key, setting(key), _or_null(SWITCH))
-    if setting("rope_theta") is not None:
-        _check("rope_theta", setting("rope_theta"), POSITIVE)
+    for key in _POSITIONS:
+        _check(key, setting(key), _or_null(POSITIVE))
     for key in _ROPES:
         _check_rope(key, setting(key))
 
 
 def _check(key: str, value: Any, kind: Kind) -> None:
     if not kind.holds(value):
-        text = repr(value)
-        raise TltError(
-            f"config.json: {key} must be {kind.expected}, not {text if len(text) < 80 else text[:77] + '...'}"
-        )
+        raise TltError(f"config.json: {key} must be {kind.expected}, not {shortened(value)}")
 
 
 def _check_rope(where: str, value: Any) -> None:
@@ -109,7 +109,7 @@ def _check_rope(where: str, value: Any) -> None:
     for key, inner in (value or {}).items():
         if isinstance(inner, dict):
             _check_rope(f"{where}.{key}", inner)
-        elif isinstance(inner, float):
-            _check(f"{where}.{key}", inner, NUMBER)
         elif key in ("rope_type", "type"):
             _check(f"{where}.{key}", inner, TEXT)
+        elif isinstance(inner, (int, float)) and not isinstance(inner, bool):
+            _check(f"{where}.{key}", inner, NUMBER)

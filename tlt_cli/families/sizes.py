@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from tlt_cli.axes import bindings
+from tlt_cli.checkpoint.strict_json import shortened
 from tlt_cli.errors import TltError
 from tlt_cli.families.expression import evaluate, invert
 from tlt_cli.families.table import Family
+
+_LARGEST = 2**63 - 1  # of any stored dim
 
 
 def lookup(table: Family, config: Mapping[str, Any], key: str) -> int:
@@ -18,8 +21,8 @@ def lookup(table: Family, config: Mapping[str, Any], key: str) -> int:
         return evaluate(table.derived[key], lambda name: lookup(table, config, name))
     if value is None:
         raise TltError(f"config.json has no {key}, which the {table.name} table needs")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise TltError(f"config.json says {key}={value!r}; expected a whole number of at least 1")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST:
+        raise TltError(f"config.json says {key}={shortened(value)}; expected a whole number of at least 1")
     return value
 
 

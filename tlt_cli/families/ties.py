@@ -24,6 +24,6 @@ def check_ties(checkpoint: Checkpoint, fit: Fit) -> None:
         row = match(fit.family, name)
         if row is not None and row[0] in fit.family.tied and not checkpoint.equal(name, embedding):
             raise TltError(
-                f"config.json says tie_word_embeddings=true, but {name} and {embedding} differ in value; set it to "
-                f"false to keep both, or delete {name} from the file"
+                f"{checkpoint.source}: config.json says tie_word_embeddings=true, but {name} and {embedding} differ in "
+                f"value; set it to false to keep both, or delete {name} from the file"
             )

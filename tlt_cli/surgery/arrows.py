@@ -102,14 +102,27 @@ def _entries(fit: Fit, new: int) -> dict[str, AxisMap]:
     return found
 
 
+def freed(axes: AxisMaps) -> AxisMaps:
+    """The maps of a block that writes nothing yet: fresh keys may hold anything too, and so learn at once."""
+    twin = ("key_norm", "query_norm") if "key_norm" in axes.entries else ("key", "query")
+    return replace(axes, entries={**axes.entries, twin[0]: axes.entries[twin[1]]})
+
+
 def sides(
-    fit: Fit, axes: AxisMaps, place: Place, *, temperature: float = 1.0, embedding_scale: float = 1.0
+    fit: Fit,
+    axes: AxisMaps,
+    place: Place,
+    *,
+    temperature: float = 1.0,
+    embedding_scale: float = 1.0,
+    silent: bool = False,
 ) -> tuple[Side, ...]:
     """The sides of one tensor's widening, in storage order.
 
     `temperature` multiplies attention scores, `embedding_scale` what the embedding writes: both make up for what
-    config.json makes of the new sizes.
+    config.json makes of the new sizes. In a `silent` block, which writes nothing yet, nothing fresh need be zero.
     """
+    axes = freed(axes) if silent else axes
     role = place.roles[0] if place.roles else ""
     if role.endswith("_norm"):
         return (Side(_norm(fit, axes, place, role, temperature, embedding_scale)),)
@@ -119,6 +132,8 @@ def sides(
         mapped = _dim(fit, axes, place, dim, temperature)
         if role == "embedding" and dim == ("hidden",) and embedding_scale != 1.0:
             mapped = mapped.scaled(embedding_scale)
+        if silent and role in ("output", "down") and isinstance(mapped, AxisMap):
+            mapped = mapped.fresh(ZERO if reads else FREE)
         found.append(Side(mapped, reads))
     return tuple(found)
 

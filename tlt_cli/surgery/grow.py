@@ -172,6 +172,7 @@ def widening(growth: Growth, name: str, place: Place, layer: int | None, *, doub
             place,
             temperature=1.0 if layer is None else growth.temperatures[layer],
             embedding_scale=growth.embedding,
+            silent=layer is not None and growth.layers.silent[layer],
         ),
         fill=recipe.filled,
         noise=recipe.noise,
