@@ -47,8 +47,8 @@ class Layout:
 
     @property
     def parameters(self) -> int:
-        """Stored elements."""
-        return sum(tensor.parameters for shard in self.shards for tensor in shard.tensors)
+        """Stored elements of the model."""
+        return sum(tensor.parameters for shard in self.shards for tensor in shard.tensors if tensor.file is None)
 
 
 def is_single_file(output: Path) -> bool:
@@ -70,14 +70,21 @@ def plan_files(
 ) -> Layout:
     """Divide `tensors` over files of at most `max_shard_size` bytes of tensors, or over files like those of `values`.
 
-    A larger tensor gets a file of its own. An empty config is not written.
+    A larger tensor gets a file of its own; tensors that name their file go there, beside the model. An empty config is
+    not written.
     """
     metadata = {"format": "pt", **metadata}
+    beside: dict[str, list[PlannedTensor]] = {}
+    for tensor in tensors:
+        if tensor.file is not None:
+            beside.setdefault(tensor.file, []).append(tensor)
+    tensors = [tensor for tensor in tensors if tensor.file is None]
     if is_single_file(output):
         if max_shard_size is not None:
             raise UsageError(f"{output} is one file, which cannot be sharded; name a folder, or drop --max-shard-size")
         if config:
             metadata["config"] = json.dumps(config)
+        assert not beside, "a single file has nothing beside it"
         return Layout((_shard(output.name, tensors, metadata),), {})
     groups = _by_source(tensors, values) if max_shard_size is None else _by_size(tensors, max_shard_size)
     count = len(groups)
@@ -88,7 +95,7 @@ def plan_files(
     texts = {CONFIG: _json(config)} if config else {}
     if count > 1:
         texts[INDEX] = _json(_index(shards))
-    return Layout(shards, texts)
+    return Layout((*shards, *(_shard(name, group, metadata) for name, group in beside.items())), texts)
 
 
 def parse_size(text: str) -> int:

@@ -87,14 +87,19 @@ def check_output(output: Path, sources: Collection[Path], *, force: bool) -> Non
 
 def check_room(output: Path, wanted: int) -> None:
     """TltError if `wanted` bytes are more than the disk of `output` has free."""
-    folder = absolute(output).parent
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    folder, free = free_space(output)
     if wanted > free:
         raise TltError(
             f"{output}: would take {wanted:,} bytes, but {folder} has {free:,} free; make room, or use -o PATH"
         )
+
+
+def free_space(output: Path) -> tuple[Path, int]:
+    """The nearest folder above `output` that exists, and the bytes that its disk has free."""
+    folder = absolute(output).parent
+    while not folder.exists():
+        folder = folder.parent
+    return folder, shutil.disk_usage(folder).free
 
 
 @contextmanager

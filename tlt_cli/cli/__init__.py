@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tlt_cli import __version__
-from tlt_cli.cli import eval, generate, grow, inspect
+from tlt_cli.cli import demo, eval, generate, grow, inspect
 from tlt_cli.cli.console import Commands
 
 app = typer.Typer(
@@ -42,6 +42,7 @@ app.command("grow", epilog=grow.EXAMPLES)(grow.grow)
 app.command("eval", epilog=eval.EXAMPLES)(eval.evaluate)
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
+app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +13,11 @@ from tlt_cli.checkpoint.folder import SAFE_SUFFIXES
 from tlt_cli.checkpoint.header import tensor_bytes
 from tlt_cli.checkpoint.lazy import Checkpoint
 from tlt_cli.checkpoint.ranks import world_size
-from tlt_cli.checkpoint.writer import check_target, parse_size, plan_files, write
+from tlt_cli.checkpoint.shards import Layout, is_single_file, parse_size, plan_files
+from tlt_cli.checkpoint.staging import check_room, free_space
+from tlt_cli.checkpoint.writer import check_target, write
 from tlt_cli.cli.console import Output, Table
+from tlt_cli.errors import TltError, UsageError
 
 if TYPE_CHECKING:
     from tlt_cli.surgery.plan import Plan
@@ -35,6 +37,20 @@ class Writing:
     jobs: int | None = None
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a plan: `report` is everything, JSON-able, its "path" where the output is or would be; `table` is
+    the same for a person."""
+
+    report: dict[str, Any]
+    table: Table
+
+    def show(self, out: Output) -> None:
+        """The closing table to stderr, and the path or the JSON object to stdout."""
+        out.report(self.table)
+        out.result(self.report, line=self.report["path"])
+
+
 def derived_output(checkpoint: Checkpoint, suffix: str) -> Path:
     """A name in the current directory, one file where the source is one: small.st -> small-SUFFIX.st."""
     name = record.source_name(checkpoint).rpartition("/")[2]
@@ -52,8 +68,11 @@ def retyped(plan: Plan, dtype: str | None) -> Plan:
         replace(tensor, dtype=dtype) if tensor.dtype in _FLOATS and tensor.file is None else tensor
         for tensor in plan.tensors
     )
-    key = "dtype" if "dtype" in plan.config or "torch_dtype" not in plan.config else "torch_dtype"
-    return replace(plan, tensors=tensors, config={**plan.config, key: _CONFIG_DTYPES[dtype]})
+    keys = [key for key in ("dtype", "torch_dtype") if key in plan.config] or ["dtype"]
+    name = _CONFIG_DTYPES[dtype]
+    changed: dict[str, Any] = {key: name for key in keys if plan.config.get(key) != name}
+    details = {**plan.details, "config": {**plan.details.get("config", {}), **changed}}
+    return replace(plan, tensors=tensors, config={**plan.config, **changed}, details=details)
 
 
 def carry_out(
@@ -65,53 +84,72 @@ def carry_out(
     command: str,
     changes: Sequence[tuple[str, str, str]],
     files: Mapping[str, bytes] = {},
-    verify: Callable[[Path | None], Mapping[str, Any]] | None = None,
-) -> None:
-    """Write the plan and report it; with --dry-run say what would be written, after the same checks.
+    verify: Callable[[Path], Mapping[str, Any]] | None = None,
+) -> Outcome:
+    """Write the plan; with --dry-run find out what would be written, after the same checks. Notes and progress go to
+    `out`, the outcome is for the caller to show.
 
     `verify` is given the staged output, and raises to refuse it; what it returns goes into the report.
     """
+    check_target(writing.output, checkpoint, force=writing.force)
+    size = None if writing.max_shard_size is None else _shard_size(writing.max_shard_size)
     lineage = record.lineage(checkpoint, operation=plan.operation, command=command, details=plan.details)
-    size = None if writing.max_shard_size is None else parse_size(writing.max_shard_size)
-    report: dict[str, Any] = {"operation": plan.operation, "command": command, "source": checkpoint.source}
-    report.update(plan.details, parameters=plan.parameters, exact=plan.exact, notes=list(plan.notes))
     layout = plan_files(
         writing.output, plan.tensors, checkpoint, metadata=record.metadata(lineage), config=plan.config,
         max_shard_size=size,
     )  # fmt: skip
+    extras: dict[str, Path | bytes] = {}
+    if not is_single_file(writing.output):
+        card = record.model_card(checkpoint, lineage, changes=changes, notes=plan.notes)
+        extras = {**record.companions(checkpoint), "README.md": card.encode(), **files}
     for note in plan.notes:
         out.note(note)
     if world_size() > len(layout.shards):
         out.note(f"{world_size()} ranks share {len(layout.shards)} file(s): the others idle; try --max-shard-size")
-    if writing.dry_run:
-        check_target(writing.output, checkpoint, force=writing.force)
-        report["dry_run"] = True
-        report["files"] = [{"name": shard.name, "bytes": shard.size} for shard in layout.shards]
-        report["bytes"] = layout.bytes
-        report["free_bytes"] = shutil.disk_usage(writing.output.absolute().parent).free
-        report["path"] = os.fspath(writing.output)
-        report["tensors"] = [
+    listed = _files(layout, extras)
+    report: dict[str, Any] = {
+        "operation": plan.operation, "command": command, "source": checkpoint.source,
+        "path": os.fspath(writing.output), **plan.details, "parameters": plan.parameters, "exact": plan.exact,
+        "notes": list(plan.notes), "files": listed, "bytes": sum(file["bytes"] for file in listed), "lineage": lineage,
+        "tensors": [
             {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "bytes": tensor_bytes(t.dtype, t.shape)}
             for t in plan.tensors
-        ]
-        out.report(_table(plan, changes, checkpoint, None))
-        out.result(report, line=os.fspath(writing.output))
-        return
-    card = record.model_card(checkpoint, lineage, changes=changes, notes=plan.notes)
-    extras: dict[str, Path | bytes] = {**record.companions(checkpoint), "README.md": card.encode(), **files}
+        ],
+    }  # fmt: skip
+    if writing.dry_run:
+        check_room(writing.output, report["bytes"])
+        report.update(dry_run=True, free_bytes=free_space(writing.output)[1])
+        if checkpoint.location is None:
+            out.note("the repository's other files would be copied too; they are not counted here")
+        return Outcome(report, _table(plan, changes, checkpoint, None))
 
     def check(staged: Path) -> None:
         if verify is not None:
             report["verification"] = dict(verify(staged))
 
     with out.progress(f"{plan.operation}: writing {writing.output}") as progress:
-        written = write(
+        write(
             writing.output, plan.tensors, checkpoint, config=plan.config, metadata=record.metadata(lineage),
             files=extras, max_shard_size=size, jobs=writing.jobs, force=writing.force, progress=progress, check=check,
         )  # fmt: skip
-    report.update(path=os.fspath(written.path), bytes=written.bytes, files=list(written.files), lineage=lineage)
-    out.report(_table(plan, changes, checkpoint, report.get("verification")))
-    out.result(report, line=os.fspath(written.path))
+    return Outcome(report, _table(plan, changes, checkpoint, report.get("verification")))
+
+
+def _shard_size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except TltError as error:
+        raise UsageError(f"--max-shard-size {error}") from error
+
+
+def _files(layout: Layout, extras: Mapping[str, Path | bytes]) -> list[dict[str, Any]]:
+    """Every file of the output with its bytes, and those of its header where it holds weights."""
+    found: list[dict[str, Any]] = [
+        {"name": shard.name, "bytes": shard.size, "header_bytes": len(shard.header)} for shard in layout.shards
+    ]
+    for name, content in (*layout.texts.items(), *extras.items()):
+        found.append({"name": name, "bytes": len(content) if isinstance(content, bytes) else content.stat().st_size})
+    return sorted(found, key=lambda file: file["name"])
 
 
 def _table(

@@ -39,7 +39,7 @@ def opened(
     sizes = parse_axes(axes or ())
     checkpoint = open_checkpoint(source, values=values)
     fitted = _fitted(checkpoint, out=out, family=family, sizes=sizes)
-    if values:
+    if checkpoint.location is not None:
         check_ties(checkpoint, fitted)
     return checkpoint, fitted
 

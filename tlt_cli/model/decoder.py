@@ -91,14 +91,16 @@ def frequencies(rope: dict[str, Any], head_dim: int, dtype: torch.dtype, device:
     plain: Tensor = 1.0 / (rope["theta"] ** exponent)
     if rope["type"] == "default":
         return plain
+    slow: Tensor = plain / rope["factor"]
     if rope["type"] == "linear":
-        return plain / rope["factor"]
+        return slow
     if rope["type"] != "llama3":
         raise ValueError(f"rotary scaling of the type {rope['type']!r} is not known here")
     turns = rope["original_positions"] * plain / (2 * math.pi)  # full turns within the context first trained on
     low, high = rope["low_turns"], rope["high_turns"]
     kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return plain * (kept + (1.0 - kept) / rope["factor"])
+    mixed: Tensor = plain * kept + slow * (1.0 - kept)
+    return mixed
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -189,7 +191,8 @@ class Decoder(nn.Module):
         """A stored tensor by its name in the file: the parameter itself, or fetched for this use."""
         if self._fetch is None:
             module, leaf = self._leaves[name]
-            return getattr(module, leaf)  # type: ignore[no-any-return]
+            parameter: Tensor = getattr(module, leaf)
+            return parameter
         if self._held is not None and self._held[0] == name:
             return self._held[1]
         self._held = None if not name.endswith(".bias") else self._held  # room first, then the next tensor
@@ -203,7 +206,7 @@ class Decoder(nn.Module):
         if self._fetch_rows is None:
             return functional.embedding(ids, self.weight(name))
         self._held = None
-        wanted, inverse = ids.unique(return_inverse=True)
+        wanted, inverse = torch.unique(ids, return_inverse=True)
         return self._fetch_rows(name, wanted).to(self._like)[inverse]
 
     def linear(self, x: Tensor, role: str, layer: int) -> Tensor:
@@ -294,7 +297,7 @@ class Decoder(nn.Module):
         """Attention where `heads / kv_heads` queries share a key and a value (GQA, arXiv:2305.13245). x [B, T, H]."""
         data = self.description
         query, key, value = (
-            self.linear(x, role, layer).unflatten(-1, (-1, data["head_dim"])).transpose(1, 2)
+            torch.unflatten(self.linear(x, role, layer), -1, (-1, data["head_dim"])).transpose(1, 2)
             for role in ("query", "key", "value")
         )  # [B, heads or kv heads, T, D]
         if "query_norm" in data["roles"]:

@@ -6,7 +6,7 @@ Every tensor becomes `W' = P_out W P_in+ + R (I - P_in P_in+)`, which computes t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -53,8 +53,8 @@ class Recipe:
             raise UsageError(f"--noise {self.noise} is not a number of standard deviations of at least 0")
         if not 0 < self.split < 1:
             raise UsageError(f"--split {self.split} is not a share between 0 and 1")
-        if self.seed < 0:
-            raise UsageError(f"--seed {self.seed} is negative")
+        if not 0 <= self.seed < 1 << 63:
+            raise UsageError(f"--seed {self.seed} is not a whole number from 0 to 2^63 - 1")
 
     @property
     def filled(self) -> str:
@@ -81,8 +81,13 @@ class Growth:
         return isinstance(self.axes.hidden, DenseMap)
 
 
-def prepare(fit: Fit, wanted: Sizes, recipe: Recipe) -> Growth:
-    """Check the request and find every map. Raises TltError for what the family cannot have or tlt cannot keep."""
+def prepare(
+    fit: Fit, wanted: Sizes, recipe: Recipe, *, room: Callable[[Mapping[str, int]], None] = lambda sizes: None
+) -> Growth:
+    """Check the request and find every map. Raises TltError for what the family cannot have or tlt cannot keep.
+
+    `room` is told the new size of every axis before anything of that size is made, and may refuse by raising.
+    """
     bare = [place.name for place in fit.places.values() if not place.roles]
     if bare or not fit.family.roles:
         raise TltError(
@@ -97,6 +102,7 @@ def prepare(fit: Fit, wanted: Sizes, recipe: Recipe) -> Growth:
     old, new = fit.sizes, targets.sizes
     if new == old and recipe.method != "rotate":
         raise TltError("nothing to grow: the model already has the sizes asked for")
+    room(new)
     plan = layers(old["layer"], new["layer"], recipe.depth)
     config = targets.config
     if new["layer"] != old["layer"]:
@@ -120,9 +126,16 @@ def grow(fit: Fit, dtypes: Mapping[str, str], wanted: Sizes, recipe: Recipe) -> 
     return grown(fit, dtypes, wanted, recipe)[1]
 
 
-def grown(fit: Fit, dtypes: Mapping[str, str], wanted: Sizes, recipe: Recipe) -> tuple[Growth, Plan]:
-    """The maps and the Plan, for what else grows along the same maps."""
-    growth = prepare(fit, wanted, recipe)
+def grown(
+    fit: Fit,
+    dtypes: Mapping[str, str],
+    wanted: Sizes,
+    recipe: Recipe,
+    *,
+    room: Callable[[Mapping[str, int]], None] = lambda sizes: None,
+) -> tuple[Growth, Plan]:
+    """The maps and the Plan, for what else grows along the same maps. `room` as for `prepare`."""
+    growth = prepare(fit, wanted, recipe, room=room)
     planned = []
     for name, place, layer in grown_places(growth):
         planned += _tensors(growth, name, place, layer, dtypes[place.name])

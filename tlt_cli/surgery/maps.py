@@ -155,6 +155,11 @@ def concatenate(maps: Sequence[AxisMap]) -> AxisMap:
     )
 
 
+def has_head_slots(kv: int, group: int, new_kv: int, new_group: int) -> bool:
+    """Whether `head_slots` finds a layout: every old key/value head needs copies enough for its whole group."""
+    return kv * -(-group // new_group) <= new_kv
+
+
 def head_slots(
     kv: int, group: int, new_kv: int, new_group: int, *, copy: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
@@ -163,9 +168,9 @@ def head_slots(
     Query head t reads key/value head t // group, so a query head may only move among copies of its own key/value
     head: every source needs enough slots for its whole group. With `copy` spare slots repeat heads, else they are -1.
     """
-    needed = -(-group // new_group)
-    if kv * needed > new_kv:
+    if not has_head_slots(kv, group, new_kv, new_group):
         return None
+    needed = -(-group // new_group)
     slots = np.arange(new_kv)
     kv_source = slots % kv if copy else np.where(slots < kv * needed, slots % kv, -1)
     query = np.full((new_kv, new_group), -1)

@@ -103,7 +103,8 @@ def _mean(work: Widening, state: Tensors) -> float:
 def advice(growth: Growth) -> dict[str, dict[str, Any]]:
     """Per new parameter what to multiply the old learning rate, weight decay and epsilon with.
 
-    `uniform` is false where the entries of one tensor would need several factors; theirs is then the mean.
+    `uniform` is false where the entries of one tensor would need several factors; theirs is then the mean. Weight decay
+    of gains stored as 1 + w pulls them to 1, whatever they were scaled by, so it should be off for those.
     """
     report = {}
     for name, place, layer in grown_places(growth):

@@ -10,7 +10,7 @@ from typing import Any
 from tlt_cli.errors import TltError
 from tlt_cli.families import Family, Fit
 from tlt_cli.families.sizes import edit_config
-from tlt_cli.surgery.maps import head_slots
+from tlt_cli.surgery.maps import has_head_slots
 
 _SEARCH = 4096  # sizes tried on either side when the nearest legal ones are looked for
 
@@ -138,7 +138,7 @@ def _legal(fit: Fit, sizes: dict[str, int], problems: list[str]) -> Targets | No
         problems.append(f"{what}: {heads} query heads do not split among {kv} key/value heads")
         return None
     group = fit.sizes.get("group", 1)
-    if head_slots(fit.kv_heads, group, kv, heads // kv, copy=True) is None:
+    if not has_head_slots(fit.kv_heads, group, kv, heads // kv):
         problems.append(
             f"{what}: {kv} key/value heads with {heads // kv} query heads each have no room for the "
             f"{fit.kv_heads} groups of {group} of the model"

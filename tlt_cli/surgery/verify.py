@@ -82,7 +82,8 @@ def check(plan: Plan, verification: Verification) -> None:
     if not verification.holds:
         raise TltError(
             f"verification failed: logits differ by {verification.computed.relative:.1e} of their deviation, and "
-            f"{verification.bound:.1e} is allowed; nothing was written. Please report it with the command and config.json"
+            f"{verification.bound:.1e} is allowed; nothing was written; please report it, with the command and "
+            "config.json"
         )
     if verification.written is not None:
         precision = max(

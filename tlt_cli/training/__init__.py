@@ -1,0 +1,1 @@
+"""Training: what moves weights by gradient, and the models it starts from."""
