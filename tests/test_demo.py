@@ -125,7 +125,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
         result = demo("--steps", 2, "-o", place)
         assert result.exit_code == 1 and "exists already" in result.stderr and result.stdout == ""
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-    assert demo("--steps", 0).exit_code == 2
+    assert demo("--steps", 0).exit_code == demo("--seed", -1).exit_code == 2
 
 
 def test_threads_are_given_back() -> None:

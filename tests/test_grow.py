@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,11 +16,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tlt_cli.errors import TltError, UsageError
+from tlt_cli.families import fit
+from tlt_cli.model.compare import compare
+from tlt_cli.model.weights import load_checkpoint
 from tlt_cli.surgery import noise as noise_module
 from tlt_cli.surgery import widen
 from tlt_cli.surgery.arrows import METHODS
 from tlt_cli.surgery.grow import Recipe, grown_places, widening
 from tlt_cli.surgery.targets import Sizes, current, resolve
+from tlt_cli.surgery.verify import planned_decoder, sample_tokens, verify
 
 BOUND = 2e-5
 everywhere = pytest.mark.parametrize("family", ZOO)
@@ -114,15 +117,8 @@ def test_any_sizes_a_family_can_have(tmp_path_factory: pytest.TempPathFactory, d
 @both_ways
 def test_float64_is_exact_to_its_own_rounding(tmp_path: Path, family: str, tied: bool) -> None:
     """Judged by our decoder, for transformers' RMSNorm computes in float32 whatever the weights are."""
-    from tlt_cli.surgery.verify import sample_tokens, verify
-
     source = opened(make_checkpoint(tmp_path, family, tied, dtype=torch.float64))
     plan = planned(source, **sizes_of(source, "all"))[1]
-    from tlt_cli.families import fit
-    from tlt_cli.model.compare import compare
-    from tlt_cli.model.weights import load_checkpoint
-    from tlt_cli.surgery.verify import planned_decoder
-
     new = planned_decoder(plan, fit(plan.shapes, plan.config), source.checkpoint, dtype=torch.float64)
     old = load_checkpoint(source.checkpoint, source.fitted, dtype=torch.float64)
     ids = sample_tokens(source.fitted)
@@ -208,11 +204,11 @@ def dead(folder: Path) -> list[str]:
     found = []
     for name, size in seen.items():
         sides = [1] if "embed" in name or "wte" in name or "wpe" in name else range(size.dim())
-        if name.endswith("c_attn.bias"):
-            size = torch.cat([size.chunk(3)[0], size.chunk(3)[2]])
+        fused = name.endswith("c_attn.bias")
+        kept = torch.cat([size.chunk(3)[0], size.chunk(3)[2]]) if fused else size
         for side in sides if not name.endswith("k_proj.bias") else []:
-            largest = size.movedim(side, 0).reshape(size.shape[side], -1).amax(1)
-            found += [f"{name} dim {side}"] if largest.min() < 1e-10 * size.max() else []
+            largest = kept.movedim(side, 0).reshape(kept.shape[side], -1).amax(1)
+            found += [f"{name} dim {side}"] if largest.min() < 1e-10 * kept.max() else []
     return found
 
 
@@ -288,15 +284,9 @@ def test_other_depths_are_what_they_say_and_say_that_they_change(tmp_path: Path,
 def test_a_block_pattern_that_no_list_can_say_is_refused(tmp_path: Path) -> None:
     source = opened(make_checkpoint(tmp_path / "source", "llama"))
     config = {**source.fitted.config, "layer_scales": [1.0, 2.0, 3.0]}
-    fitted = copy.replace(source.fitted, config=config) if hasattr(copy, "replace") else _replaced(source, config)
+    fitted = replace(source.fitted, config=config)
     with pytest.raises(TltError, match="lists layer_scales layer by layer"):
         planned(Source(source.folder, source.checkpoint, fitted), layers=5)
-
-
-def _replaced(source: Source, config: dict[str, Any]) -> Any:
-    from dataclasses import replace
-
-    return replace(source.fitted, config=config)
 
 
 def test_dynamic_rotation_is_refused_by_name(tmp_path: Path) -> None:
@@ -311,8 +301,6 @@ def test_dynamic_rotation_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def targets(source: Source, **sizes: int) -> dict[str, int]:
-    from dataclasses import replace
-
     return current(replace(source.fitted, sizes=resolve(source.fitted, Sizes(**sizes)).sizes))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from inspect import signature
@@ -19,6 +20,8 @@ import tlt_cli
 from tlt_cli.cli import app
 from tlt_cli.cli import grow as command
 from tlt_cli.errors import TltError, UsageError
+
+README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.fixture
@@ -107,6 +110,22 @@ def test_the_function_has_the_options_of_the_command() -> None:
     assert {spelled.get(name, name) for name in typed} - printing == set(called) - {"quiet"}
     differing = {n for n, p in typed.items() if n not in printing | {"axis"} and p.default != called[n].default}
     assert differing == {"output"}  # a notebook says where
+
+
+def test_what_the_readme_shows(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    config = (small / "config.json").read_text()
+    save_file(load_file(small / "model.safetensors"), tmp_path / "small.safetensors", {"config": config})
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    wanted = stock_logits(small, some_ids())
+    with torch.no_grad():
+        assert (names["decoder"](some_ids()) - wanted).abs().max() <= 5e-5 * wanted.std()
+    parameters, distance = capsys.readouterr().out.split()
+    assert int(parameters) == sum(p.numel() for p in names["decoder"].parameters()) and float(distance) < 1e-3
 
 
 def test_importing_is_cheap() -> None:

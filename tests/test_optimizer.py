@@ -61,7 +61,7 @@ def steps(decoder: Decoder, optimizer: Any, first: int, count: int) -> list[floa
 
 
 def trained(folder: Path, family: str, tied: bool) -> tuple[Source, list[float]]:
-    """A float64 checkpoint after ten steps, its optimizer's state beside it, and its losses of the steps that follow."""
+    """A float64 checkpoint after ten steps with its optimizer's state, and its losses of the steps that follow."""
     source = opened(make_checkpoint(folder, family, tied, dtype=torch.float64))
     decoder = load_checkpoint(source.checkpoint, source.fitted, dtype=torch.float64)
     optimizer = optimizer_for(decoder)

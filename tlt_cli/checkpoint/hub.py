@@ -6,13 +6,21 @@ Where to find it, who may read it and how (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, snapshot_download
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    are_progress_bars_disabled,
+    build_hf_headers,
+    disable_progress_bars,
+    enable_progress_bars,
+    get_session,
+    hf_raise_for_status,
+)
 
 from tlt_cli.checkpoint import folder
 from tlt_cli.checkpoint.header import PREFIX_BYTES, TensorInfo, header_length, parse_header
@@ -41,13 +49,14 @@ class Listing:
         return [name for name in self.sizes if "/" not in name]
 
 
-def open_remote(source: str, uri: str, *, values: bool) -> Checkpoint:
+def open_remote(source: str, uri: str, *, values: bool, bars: bool = True) -> Checkpoint:
     """Open `hf://org/name[@revision][/FILE.safetensors]`, or such a page's URL; `source` is what the user typed.
 
-    With `values=False` only headers, config and card are fetched. TltError for whatever the hub answers.
+    With `values=False` only headers, config and card are fetched; `bars` shows downloads as they come. TltError for
+    whatever the hub answers.
     """
     address = parse_uri(uri)
-    with plain_errors(address):
+    with plain_errors(address), _bars(bars):
         if constants.HF_HUB_OFFLINE:
             kept = snapshot_download(
                 address.id, revision=address.revision, allow_patterns=[folder.CONFIG], local_files_only=True
@@ -65,6 +74,19 @@ def open_remote(source: str, uri: str, *, values: bool) -> Checkpoint:
         else:
             found = _headers_only(address, listing, chosen, weight_map, source)
         return replace(found, repository=address.id, revision=listing.commit, _digests=digests)
+
+
+@contextmanager
+def _bars(wanted: bool) -> Iterator[None]:
+    """Downloads with huggingface_hub's progress bars, or without."""
+    if wanted or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _list(address: Address) -> Listing:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from tlt_cli.checkpoint.files import OpenFiles
@@ -90,10 +91,26 @@ class Checkpoint:
 
         Sources on the hub answer with the digests that the hub lists, without a download.
         """
-        return self._digest
+        return self._hashing.result()
+
+    def begin_digest(self) -> None:
+        """Start hashing now, in the background: it takes no Python, so it overlaps with importing and planning."""
+        assert self._hashing is not None
 
     @cached_property
-    def _digest(self) -> str:
+    def _hashing(self) -> Future[str]:
+        future: Future[str] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(self._compute_digest())
+            except BaseException as error:
+                future.set_exception(error)
+
+        Thread(target=work, daemon=True).start()  # a daemon: a command that fails early does not wait for it
+        return future
+
+    def _compute_digest(self) -> str:
         digests = dict(self._digests)
         unknown = [shard for shard in self.shards if shard not in digests]
         if unknown:

@@ -20,16 +20,17 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^\s@]+)?\Z")
 _FILE_SUFFIXES = folder.SAFE_SUFFIXES + folder.PICKLE_SUFFIXES
 
 
-def open_checkpoint(source: str | Path, *, values: bool = True) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, values: bool = True, bars: bool = True) -> Checkpoint:
     """Find, read and check the headers of `source`.
 
     An existing path wins; "hf://..." and URLs of the hub are always remote; a bare "org/name" or
     "org/name@revision" is remote where no such path exists. With `values=False` a remote source is
-    known by kilobytes of headers alone and cannot be read. Raises TltError for whatever is wrong.
+    known by kilobytes of headers alone and cannot be read. `bars` lets huggingface_hub draw its
+    progress. Raises TltError for whatever is wrong.
     """
     text = str(source)
     if text.startswith(("hf://", "http://", "https://")):
-        return _open_remote(text, text, values=values)
+        return _open_remote(text, text, values=values, bars=bars)
     if not text:
         raise TltError("no checkpoint given: the name is empty")
     try:
@@ -43,13 +44,13 @@ def open_checkpoint(source: str | Path, *, values: bool = True) -> Checkpoint:
         folder.check_file_name(path.name)
         return open_file(path, text)
     if isinstance(source, str) and _REPOSITORY.match(text) and not text.endswith(_FILE_SUFFIXES):
-        return _open_remote(text, f"hf://{text}", values=values)
+        return _open_remote(text, f"hf://{text}", values=values, bars=bars)
     if path.is_symlink():
         raise TltError(f"{text}: a link that leads nowhere")
     raise TltError(f"{text}: no such file or folder")
 
 
-def _open_remote(source: str, uri: str, *, values: bool) -> Checkpoint:
+def _open_remote(source: str, uri: str, *, values: bool, bars: bool) -> Checkpoint:
     from tlt_cli.checkpoint.hub import open_remote  # only now: huggingface_hub takes its time
 
-    return open_remote(source, uri, values=values)
+    return open_remote(source, uri, values=values, bars=bars)

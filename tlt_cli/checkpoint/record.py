@@ -73,7 +73,7 @@ def model_card(
     Licence, language and task are carried over from the source's own card; the base model is the source's repository,
     or what the source said it was based on.
     """
-    from huggingface_hub import ModelCardData
+    from huggingface_hub.repocard_data import ModelCardData  # alone: the whole library takes six times as long
 
     source, readable = _source_data(checkpoint)
     base = checkpoint.repository or _strings(source.get("base_model"))
@@ -106,11 +106,13 @@ def model_card(
 
 def _source_data(checkpoint: Checkpoint) -> tuple[CardData, bool]:
     """What the source's card says of itself, and whether it could be read at all."""
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub.repocard_data import ModelCardData
 
     card = checkpoint.card or ""
     if not card.startswith("---"):
         return ModelCardData(), True
+    from huggingface_hub import ModelCard
+
     try:
         return ModelCard(card, ignore_metadata_errors=True).data, True
     except Exception:  # YAML that does not parse raises its own errors, YAML that is no card half a dozen others

@@ -58,6 +58,11 @@ class Output:
         """Whether this process is the one that prints."""
         return os.environ.get("RANK", "0") == "0"
 
+    @property
+    def draws(self) -> bool:
+        """Whether progress bars are wanted: on a terminal, by the process that prints, unless --quiet."""
+        return self.leads and not self.quiet and sys.stderr.isatty()
+
     def note(self, text: str) -> None:
         """A line on stderr, unless --quiet."""
         if self.leads and not self.quiet:
@@ -103,7 +108,7 @@ class Output:
     @contextmanager
     def progress(self, label: str) -> Iterator[Progress]:
         """A callback `progress(done, total)` that draws a bar with the time left once work takes over two seconds."""
-        if self.quiet or not self.leads or not sys.stderr.isatty():
+        if not self.draws:
             yield lambda done, total: None
             return
         with _bar(label) as update:

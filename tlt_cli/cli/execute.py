@@ -106,10 +106,12 @@ def carry_out(
         out.note(note)
     if world_size() > len(layout.shards):
         out.note(f"{world_size()} ranks share {len(layout.shards)} file(s): the others idle; try --max-shard-size")
-    listed = _files(layout, extras)
+    listed, before = _files(layout, extras), checkpoint.config or {}
     report: dict[str, Any] = {
         "operation": plan.operation, "command": command, "source": checkpoint.source,
-        "path": os.fspath(writing.output), **plan.details, "parameters": plan.parameters, "exact": plan.exact,
+        "path": os.fspath(writing.output), **plan.details,
+        "config": {key: value for key, value in plan.config.items() if key not in before or before[key] != value},
+        "parameters": plan.parameters, "exact": plan.exact,
         "notes": list(plan.notes), "files": listed, "bytes": sum(file["bytes"] for file in listed), "lineage": lineage,
         "tensors": [
             {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "bytes": tensor_bytes(t.dtype, t.shape)}

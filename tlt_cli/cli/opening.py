@@ -37,7 +37,7 @@ def opened(
     user should know is noted on `out`. Raises TltError naming the source and the first tensor that does not fit.
     """
     sizes = parse_axes(axes or ())
-    checkpoint = open_checkpoint(source, values=values)
+    checkpoint = open_checkpoint(source, values=values, bars=out.draws)
     fitted = _fitted(checkpoint, out=out, family=family, sizes=sizes)
     if checkpoint.location is not None:
         check_ties(checkpoint, fitted)
@@ -49,7 +49,7 @@ def opened_if_known(
 ) -> tuple[Checkpoint, Fit | None]:
     """As `opened`, headers alone; where no family fits that is noted, unless the user or the folder named one."""
     sizes = parse_axes(axes or ())
-    checkpoint = open_checkpoint(source, values=False)
+    checkpoint = open_checkpoint(source, values=False, bars=out.draws)
     try:
         return checkpoint, _fitted(checkpoint, out=out, family=family, sizes=sizes)
     except TltError as error:

@@ -32,7 +32,7 @@ from tlt_cli.training.saving import save
 from tlt_cli.training.start import blank, new_decoder
 
 CONTEXT, BATCH = 128, 8
-TRAINED_SHARE = 0.9  # of the text; the rest is held out
+TRAINED_SHARE = 0.95  # of the text; the rest is held out
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32",
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -84,10 +84,11 @@ class Seen:
 
 
 def tour(folder: Path, *, steps: int, seed: int, out: Output) -> Seen:
-    """Go round all stops, with everything written below `folder`; exists already is refused unless it is empty.
+    """Go round all stops, with everything written below `folder`, which must be new or empty.
 
-    Raises TltError where a growth misses its bound: then nothing of it is written.
+    Raises TltError where it is not, and where a growth misses its bound: then nothing of that is written.
     """
+    Recipe(seed=seed)  # refuses a seed that growing could not take, before the training
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise TltError(f"{folder}: exists already; name a new folder: -o PATH")
     folder.mkdir(parents=True, exist_ok=True)
@@ -246,10 +247,10 @@ def _verdict(tour: Tour, kept: bool) -> str:
     cost = {name: f"{tour.models[name]['flops'] / 1e9:,.0f}" for name in ended}
     return (
         f"{lost}: perplexity {before} before growing, {after} after. It trains on: held-out loss {grown['loss']:.3f} "
-        f"nats per byte, {ended[GROWN]} after {tour.steps} more steps; the small model {ended[SMALL]} after as many; a "
-        f"random model of the large size {ended[RANDOM]} after {2 * tour.steps}. That took {cost[GROWN]}, {cost[SMALL]} "
-        f"and {cost[RANDOM]} GFLOP of training in all. One seed and a short run: this shows that the grown model learns, "
-        "not which way is the cheapest."
+        f"nats per byte, {ended[GROWN]} after {tour.steps} more steps; the small model {ended[SMALL]} after as many; "
+        f"a random model of the large size {ended[RANDOM]} after {2 * tour.steps}. That took {cost[GROWN]}, "
+        f"{cost[SMALL]} and {cost[RANDOM]} GFLOP of training in all. One seed and a short run: this shows that the "
+        "grown model learns, not which way is the cheapest."
     )
 
 

@@ -10,13 +10,24 @@ A map is the matrix P of `W' = P_out W P_in+ + R (I - P_in P_in+)`, kept as one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 COPY, ZERO, FREE, MEAN = range(4)
+
+
+@dataclass(frozen=True)
+class Run:
+    """`length` new entries from `start` on that copy as many old ones from `source` on; fresh ones where it is -1."""
+
+    start: int
+    length: int
+    source: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +57,17 @@ class AxisMap:
         """For each old entry, how many new entries copy it."""
         return np.bincount(self.source[self.source >= 0], minlength=self.old)
 
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """The copied entries, in stretches of consecutive sources."""
+        return tuple(run for run in _runs(self.source, np.arange(self.new)) if run.source >= 0)
+
+    @cached_property
+    def null_runs(self) -> tuple[Run, ...]:
+        """The null entries, in stretches: of consecutive sources, or of fresh entries."""
+        entries = self.null_entries
+        return tuple(_runs(self.source[entries], entries))
+
     @property
     def null_entries(self) -> NDArray[np.int64]:
         """New entries where a reader may hold noise: silent ones, and members of a group of copies."""
@@ -67,6 +89,17 @@ class AxisMap:
         """The same copies with every fresh entry of another kind."""
         new = self.kind != COPY
         return replace(self, kind=np.where(new, kind, COPY).astype(np.int8), write=np.where(new, weight, self.write))
+
+
+def _runs(source: NDArray[np.int64], position: NDArray[np.int64]) -> Iterator[Run]:
+    """Stretches in which positions follow each other, and sources do too or are all -1."""
+    if not len(source):
+        return
+    fresh = source < 0
+    together = (np.diff(position) == 1) & (fresh[1:] == fresh[:-1]) & (fresh[1:] | (np.diff(source) == 1))
+    edges = [0, *(np.flatnonzero(~together) + 1).tolist(), len(source)]
+    for start, stop in pairwise(edges):
+        yield Run(int(position[start]), stop - start, int(source[start]))
 
 
 def same(size: int) -> AxisMap:

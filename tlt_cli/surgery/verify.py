@@ -66,13 +66,21 @@ def verify(
         if found.holds:
             break
     assert found is not None
-    coarse = [t.dtype for t in plan.tensors if t.file is None and t.compute is not None and t.dtype not in _FULL]
-    cast = [t.dtype for t in plan.tensors if t.compute is None and values.tensors[t.source].dtype != t.dtype]
-    if written is None or not (coarse or cast) or not plan.exact:
+    if written is None or not _rounded(plan, values) or not plan.exact:
         return found
     source = load_checkpoint(values, fitted, stream=True)
     distance = compare(source, load_checkpoint(written, grown, stream=True), ids)
     return Verification(found.computed, bound, distance)
+
+
+def _rounded(plan: Plan, values: Checkpoint) -> list[str]:
+    """The dtypes coarser than float32 that the plan rounds some tensor of the model to."""
+    return [
+        tensor.dtype
+        for tensor in plan.tensors
+        if tensor.file is None and tensor.dtype not in _FULL
+        if tensor.compute is not None or values.tensors[tensor.source].dtype != tensor.dtype
+    ]
 
 
 def check(plan: Plan, verification: Verification) -> None:

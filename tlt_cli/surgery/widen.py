@@ -6,7 +6,6 @@ coordinates trainable (noise.py draws it).
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from tlt_cli.surgery.maps import COPY, FREE, MEAN, AxisMap
 from tlt_cli.surgery.noise import Spread, add_null_noise, generator_for, spread_of, uniform
 from tlt_cli.surgery.spectrum import DenseMap, null_basis, spectral_fill
 
-BLOCK_ELEMENTS = 1 << 20
-_SAMPLE_ELEMENTS = 1 << 20
+BLOCK_ELEMENTS = 1 << 18  # of float32: a megabyte, so that a block stays in the cache through all its steps
+_SAMPLE_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,8 +213,10 @@ def _rows(weight: Tensor, side: Side, low: int, start: int, stop: int, mean: Ten
         return side.map.write(weight.T).T
     source, kind = side.map.source[start:stop], side.map.kind[start:stop]
     weights = (side.map.read if side.reads else side.map.write)[start:stop]
-    out = weight.index_select(0, torch.from_numpy(np.where(source >= 0, source - low, 0)))
     scale = np.where(source >= 0, weights, 0.0)
+    if np.all(scale == 1) and np.all(np.diff(source) == 1):
+        return weight[source[0] - low : source[-1] - low + 1]  # the rows themselves, to be copied by the next step
+    out = weight.index_select(0, torch.from_numpy(np.where(source >= 0, source - low, 0)))
     if not np.all(scale == 1):
         out.mul_(torch.from_numpy(scale).to(out.dtype)[:, None])
     if mean is not None and (kind == MEAN).any():
@@ -230,11 +231,12 @@ def _columns(base: Tensor, side: Side, mean: Tensor | None) -> Tensor:
         return side.map.read(base) if side.reads else side.map.write(base)
     mapped = side.map
     if mapped.plain:
-        return base
+        return base.clone()  # what follows adds noise in place
     weights = mapped.read if side.reads else mapped.write
-    out = base.new_zeros(base.shape[0], mapped.new)
-    for start, stop, source in _runs(mapped.source):
-        piece = base[:, source : source + stop - start]
+    out = (base.new_empty if mapped.copies.sum() == mapped.new else base.new_zeros)(base.shape[0], mapped.new)
+    for run in mapped.runs:
+        start, stop = run.start, run.start + run.length
+        piece = base[:, run.source : run.source + run.length]
         scale = weights[start:stop]
         if np.all(scale == scale[0]):
             torch.mul(piece, float(scale[0]), out=out[:, start:stop])
@@ -245,15 +247,3 @@ def _columns(base: Tensor, side: Side, mean: Tensor | None) -> Tensor:
         mean = base.mean(1, keepdim=True) if mean is None else mean
         out[:, torch.from_numpy(means)] = mean * torch.from_numpy(weights[means]).to(base.dtype)
     return out
-
-
-def _runs(source: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, source of start) of each stretch of consecutive sources."""
-    if not len(source):
-        return
-    # -1 before 0 looks like a step of one too, but a fresh entry never starts a stretch
-    breaks = np.flatnonzero((np.diff(source) != 1) | (source[:-1] < 0)) + 1
-    edges = [0, *breaks.tolist(), len(source)]
-    for start, stop in itertools.pairwise(edges):
-        if source[start] >= 0:
-            yield start, stop, int(source[start])
