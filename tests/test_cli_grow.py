@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,8 +22,10 @@ from typer.testing import CliRunner
 from tlt_cli.checkpoint import staging
 from tlt_cli.checkpoint.reader import open_checkpoint
 from tlt_cli.cli import app
+from tlt_cli.families import table
 from tlt_cli.surgery import arrows
 from tlt_cli.surgery import grow as surgery
+from tlt_cli.surgery.widen import Widening
 
 TEXT = "Es war einmal ein kleines Modell, das rechnete wie ein großes. " * 8
 CARD = "---\nlicense: mit\nlanguage: en\nbase_model: somebody/something\ntags: [story]\n---\n# A model\n"
@@ -161,6 +164,7 @@ def test_a_dry_run_foretells_every_byte_that_is_not_a_weight(models: Path, sourc
     ("options", "code"),
     [
         (["--to-dim", 64, "-o", "taken"], 1),
+        (["--to-dim", 64, "-o", "taken/model.safetensors/out"], 1),
         (["--to-dim", 33], 1),
         (["--to-dim", 16], 1),
         (["--to-dim", 64, "--max-shard-size", "0"], 2),
@@ -241,6 +245,10 @@ def test_a_text_is_verified_too(models: Path) -> None:
     alone = grown(models / "model", "--to-dim", 64)["verification"]
     too = grown(models / "model", "--to-dim", 64, "--data", models / "text.txt", "--force")["verification"]
     assert too["tokens"] == 2 * alone["tokens"]
+    for length, tokens in ((100, 3 * 64), (64, 3 * 64), (10, 3 * 10), (2, 3 * 2)):  # windows of 64, or shorter
+        Path("short.txt").write_text("x" * length)
+        short = grown(models / "model", "--to-dim", 64, "--data", "short.txt", "--force")["verification"]
+        assert short["tokens"] == tokens
     assert "--no-verify verifies nothing" in refused(
         models / "model", "--to-dim", 64, "--data", models / "text.txt", "--no-verify", code=2
     )
@@ -286,6 +294,10 @@ def test_what_exists_stays_unless_forced(models: Path) -> None:
     for name in ("out", "file"):
         assert "exists already; pass --force" in refused(models / "model", "--to-dim", 64, "-o", name)
     assert "no checkpoint in it" in refused(models / "model", "--to-dim", 64, "-o", "out", "--force")
+    os.mkfifo("pipe")
+    said = refused(models / "model", "--to-dim", 64, "-o", "pipe", "--force")
+    assert "is a device, a pipe or a socket" in said and Path("pipe").is_fifo()
+    Path("pipe").unlink()
     assert grown(models / "model", "--to-dim", 64, "-o", "file", "--force")["path"] == "file"
     assert Path("file", "model.safetensors").is_file()
 
@@ -364,9 +376,7 @@ def renamed(models: Path, folder: Path) -> Path:
     config = json.loads((models / "model" / "config.json").read_text())
     config |= {"architectures": ["OwnForCausalLM"], "model_type": "own"}
     (folder / "config.json").write_text(json.dumps(config))
-    from tlt_cli.families import table
-
-    text = (Path(table.__file__).parent / "llama.toml").read_text()
+    text = (table.FOLDER / "llama.toml").read_text()
     text = text.replace('"model.', '"net.').replace("up_proj", "widen").replace("LlamaForCausalLM", "OwnForCausalLM")
     own = folder.parent / "own.toml"
     own.write_text(text)
@@ -374,18 +384,22 @@ def renamed(models: Path, folder: Path) -> Path:
 
 
 def test_a_family_of_the_users_own(models: Path, tmp_path: Path) -> None:
-    table = renamed(models, tmp_path / "own")
+    own = renamed(models, tmp_path / "own")
     assert "no family table for 'OwnForCausalLM'" in refused(tmp_path / "own", "--to-dim", 64)
-    report = grown(tmp_path / "own", "--to-dim", 64, "--family", table)
+    report = grown(tmp_path / "own", "--to-dim", 64, "--family", own)
     assert "--family own.toml" in report["command"] and str(tmp_path) not in report["command"]
     new = load_file(Path(report["path"], "model.safetensors"))
     assert new["net.layers.1.mlp.widen.weight"].shape == (96, 64)
-    shutil.copy(table, tmp_path / "own" / "tlt.toml")
+    assert Path(report["path"], "tlt.toml").read_text() == own.read_text()
+    assert (
+        "pass --family with it" in tlt("grow", tmp_path / "own", "--to-dim", 64, "--family", own, "-o", "x.st").stderr
+    )
+    shutil.copy(own, tmp_path / "own" / "tlt.toml")
     grown(tmp_path / "own", "--to-dim", 64, "-o", "again")
     again = load_file("again/model.safetensors")
     assert again.keys() == new.keys() and all(torch.equal(again[name], new[name]) for name in new)
-    assert Path("again", "tlt.toml").read_text() == table.read_text()
-    grown("again", "--to-layers", 4, "-o", "thrice")  # by the table that went along
+    assert Path("again", "tlt.toml").read_text() == own.read_text()
+    grown(report["path"], "--to-layers", 4, "-o", "thrice")  # by the table that went along
 
 
 # --- dtypes and broken weights -----------------------------------------------------------------------------------
@@ -483,6 +497,12 @@ def test_a_wrong_map_leaves_an_old_output_alone(models: Path) -> None:
     assert contents(Path(old)) == before
 
 
+def test_noise_that_is_heard_is_blamed(models: Path) -> None:
+    assert "verification failed" in (said := refused(models / "model", "--to-dim", 64, "--noise", 1000))
+    assert said.endswith("take less --noise")
+    assert "the output's logits are not finite" in refused(models / "model", "--to-dim", 64, "--noise", 1e30)
+
+
 def test_a_method_that_changes_the_function_is_measured_and_written(models: Path) -> None:
     report = grown(models / "model", "--to-layers", 5, "--depth", "stack")
     assert report["exact"] is False and report["verification"]["relative"] > 0.1
@@ -546,12 +566,12 @@ def test_sixteen_times_the_width_keeps_the_function(tmp_path: Path, small: int, 
     assert (after - before).abs().max() < 5e-5 * before.std()
 
 
-def test_loud_noise_at_that_width_would_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tlt_cli.surgery.widen import Widening
-
-    monkeypatch.setattr(Widening, "noise_size", 30.0)
+def test_noise_that_ignores_the_number_of_inputs_would_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Widening, "noise_size", property(lambda work: work.noise))
     source = make_checkpoint(tmp_path / "source", "llama")
-    assert "verification failed" in refused(source, "--to-dim", 512)
+    report = grown(source, "--to-dim", 512, "--to-ffn", 96, "--to-heads", 4, "--to-kv-heads", 2, "--no-verify")
+    before, after = (stock_logits(path, some_ids()) for path in (source, Path(report["path"])))
+    assert (after - before).abs().max() > 2e-4 * before.std()
 
 
 HUGE: dict[str, tuple[str, list[Any]]] = {

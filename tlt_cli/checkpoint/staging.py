@@ -68,6 +68,9 @@ def absolute(output: Path) -> Path:
 def check_output(output: Path, sources: Collection[Path], *, force: bool) -> None:
     """TltError if `output` is, holds or lies in one of `sources`, or exists and may not be replaced."""
     stage = Stage(absolute(output))
+    above = next(folder for folder in stage.output.parents if folder.exists())
+    if not above.is_dir():
+        raise TltError(f"{output}: {above} is not a folder; write elsewhere: -o PATH")
     for source in map(Path, {os.path.realpath(source) for source in sources}):
         for written in (stage.output, Path(os.path.realpath(output)), stage.folder):
             if written == source or written in source.parents or source in written.parents:
@@ -76,6 +79,8 @@ def check_output(output: Path, sources: Collection[Path], *, force: bool) -> Non
         return
     if not force:
         raise TltError(f"{output}: exists already; pass --force to replace it, or write elsewhere: -o PATH")
+    if not (output.is_symlink() or output.is_file() or output.is_dir()):
+        raise TltError(f"{output}: is a device, a pipe or a socket, which is never replaced; write elsewhere: -o PATH")
     here = Path(os.path.realpath(os.curdir))
     if stage.output == here or stage.output in here.parents:
         raise TltError(f"{output}: is the current folder or holds it, and cannot be replaced; write elsewhere: -o PATH")

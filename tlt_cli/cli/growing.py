@@ -22,7 +22,7 @@ from tlt_cli.checkpoint.staging import check_room
 from tlt_cli.checkpoint.writer import check_target
 from tlt_cli.cli.console import Output
 from tlt_cli.cli.execute import Outcome, Writing, carry_out, derived_output, retyped
-from tlt_cli.cli.opening import opened, parse_dtype, tokenizer_for
+from tlt_cli.cli.opening import OWN_TABLE, opened, own_table, parse_dtype, tokenizer_for
 from tlt_cli.errors import UsageError
 from tlt_cli.families import Fit
 from tlt_cli.model.text import load_tokens
@@ -73,11 +73,12 @@ def grow_checkpoint(
             room = lambda new: check_room(writing.output, _bytes(fitted, new, dtypes, kind))  # noqa: E731
             growth, plan = grown(fitted, dtypes, sizes, recipe, room=room)
             plan = retyped(plan, kind)
-            files: dict[str, bytes] = {}
+            files = _own_table(checkpoint, family, writing.output, out)
             if optimizer_state is not None:
                 if is_single_file(writing.output):
                     raise UsageError("--optimizer-state writes files beside the model: let -o name a folder")
-                plan, files = _with_moments(plan, growth, optimizer_state)
+                plan, advised = _with_moments(plan, growth, optimizer_state)
+                files |= advised
             checked = None
             if verify and checkpoint.location is not None:  # what a dry run reads of the hub has no tokenizer
                 ids = _tokens(checkpoint, fitted, data, tokenizer, recipe.seed)
@@ -87,6 +88,17 @@ def grow_checkpoint(
             command=_command(checkpoint, sizes.named(), recipe, kind, family, axes, max_shard_size),
             changes=_changes(plan, checkpoint), files=files, verify=checked,
         )  # fmt: skip
+
+
+def _own_table(checkpoint: Checkpoint, family: str | None, output: Path, out: Output) -> dict[str, bytes]:
+    """A family table of the user's own as a file of the output, which nobody could open without it."""
+    table = own_table(checkpoint) if family is None else family if family.endswith(".toml") else None
+    if table is None:
+        return {}
+    if is_single_file(output):
+        out.note(f"{output} has no place for the family table: keep {table} and pass --family with it")
+        return {}
+    return {OWN_TABLE: Path(table).read_bytes()}
 
 
 def _bytes(fitted: Fit, sizes: Mapping[str, int], dtypes: Mapping[str, str], dtype: str | None) -> int:

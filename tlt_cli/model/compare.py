@@ -35,11 +35,9 @@ def compare(first: Decoder, second: Decoder, ids: torch.Tensor) -> Distance:
     vocab = first.description["vocab"]
     before = first(ids.to(first.device)).cpu()
     after = second(ids.to(second.device))[..., :vocab].cpu()
-    for name, logits in (("first", before), ("second", after)):
+    for name, logits in (("source", before), ("output", after)):
         if not bool(torch.isfinite(logits).all()):
-            raise TltError(
-                f"the {name} model's logits are not finite: its weights are broken, or overflow in its dtype"
-            )
+            raise TltError(f"the {name}'s logits are not finite: its weights are broken or too large for its dtype")
     largest, kls, same = 0.0, [], 0
     for row, other in zip(before.flatten(0, -2), after.flatten(0, -2), strict=True):  # a position at a time: V is large
         largest = max(largest, float((row - other).abs().max()))

@@ -44,12 +44,15 @@ class Verification:
 
 
 def sample_tokens(fitted: Fit, text: Tensor | None = None, *, seed: int = 0) -> Tensor:
-    """ids [2, T]: random ones, and one more row of each window of `text` [N] that fits, at most two."""
+    """ids [2, T]: random ones, and one or two more rows that are the first windows of `text` [N]."""
     longest = min(64, describe(fitted)["positions"] or 64, max(2, _MOST_LOGITS // (4 * fitted.sizes["vocab"])))
+    if text is not None:
+        longest = min(longest, len(text))
     ids = torch.randint(0, fitted.sizes["vocab"], (2, longest), generator=torch.Generator().manual_seed(seed))
-    if text is None or len(text) < longest:
+    if text is None:
         return ids
-    return torch.cat([ids, text[: 2 * longest // longest * longest].reshape(-1, longest)[:2]])
+    windows = min(2, len(text) // longest)
+    return torch.cat([ids, text[: windows * longest].reshape(windows, longest)])
 
 
 def verify(
@@ -90,8 +93,12 @@ def check(plan: Plan, verification: Verification) -> None:
     if not verification.holds:
         raise TltError(
             f"verification failed: logits differ by {verification.computed.relative:.1e} of their deviation, and "
-            f"{verification.bound:.1e} is allowed; nothing was written; please report it, with the command and "
-            "config.json"
+            f"{verification.bound:.1e} is allowed; nothing was written; "
+            + (
+                "take less --noise"
+                if plan.details.get("noise", 0) > 1
+                else "report it, with the command and config.json"
+            )
         )
     if verification.written is not None:
         precision = max(
