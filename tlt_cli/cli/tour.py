@@ -5,6 +5,7 @@ A later command joins by a function of its own in STOPS, and by a column.
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from collections.abc import Callable, Iterator
@@ -31,16 +32,11 @@ from tlt_cli.training.loop import held_out, train, training_flops
 from tlt_cli.training.saving import save
 from tlt_cli.training.start import blank, new_decoder
 
-CONTEXT, BATCH = 128, 8
+BATCH = 8
 TRAINED_SHARE = 0.95  # of the text; the rest is held out
-CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32",
-    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": CONTEXT, "hidden_act": "silu",
-    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False, "attention_bias": False,
-    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
-}  # fmt: skip
+CONFIG: dict[str, Any] = json.loads(Path(__file__).with_name("demo.json").read_text("utf-8"))
 PROMPT, WRITTEN = "The ", 60
+CONTEXT = CONFIG["max_position_embeddings"]
 TO_DIM = 2 * CONFIG["hidden_size"]
 SMALL, RANDOM = "small", "random"
 GROWN = Recipe().method  # grown models are called by their methods; this one is trained on
