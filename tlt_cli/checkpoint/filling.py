@@ -6,6 +6,7 @@ block, and a tensor starts only when its work still fits beside that of the othe
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import math
 import os
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _COPIED_BYTES = 8 << 20
 _CAST_ELEMENTS = 1 << 19  # few enough that a block stays in the processor's cache
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _KEPT_BYTES = -1, -3, 1 << 28  # of mallopt
 _BUDGET_PER_JOB = 64 << 20
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -94,7 +96,9 @@ def fill(files: Sequence[OpenShard], values: Checkpoint, *, jobs: int, tally: Ta
             future.result()
 
     computes = any(not _is_copy(tensor, values) for _, tensor in work)
-    with _one_thread_each(computes and jobs > 1), ThreadPoolExecutor(jobs) as pool:
+    if computes:
+        _keep_freed_memory()
+    with _one_thread_each(computes), ThreadPoolExecutor(jobs) as pool:
         try:
             for file, tensor in work:
                 memory = tensor.work or (0 if _is_copy(tensor, values) else 16 * _CAST_ELEMENTS)
@@ -217,9 +221,19 @@ def _reserve(descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, size)  # a disk that cannot reserve
 
 
+def _keep_freed_memory() -> None:
+    """Blocks of a megabyte come and go by the thousand; glibc would map and unmap each, which cost as much again."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    except (OSError, AttributeError):  # another libc: it does as it does
+        pass
+
+
 @contextmanager
 def _one_thread_each(wanted: bool) -> Iterator[None]:
-    """Many tensors at once use the cores better than many threads on one."""
+    """Many tensors at once use the cores better than many threads on one, which wait for each other at every step."""
     if not wanted:
         yield
         return

@@ -123,6 +123,9 @@ def grow(
 
     Any size on any axis, alone or together. --data is a text to verify on, besides random tokens.
     """
+    from tlt_cli.cli.opening import hashing
+
+    opened = source if dry_run else hashing(source)
     from tlt_cli.cli.growing import grow_checkpoint
     from tlt_cli.surgery.grow import Recipe
     from tlt_cli.surgery.targets import Sizes
@@ -133,7 +136,7 @@ def grow(
         vocab=to_vocab,
     )  # fmt: skip
     outcome = grow_checkpoint(
-        source, output, sizes, Recipe(method=method, fill=fill, noise=noise, split=split, depth=depth, seed=seed),
+        opened, output, sizes, Recipe(method=method, fill=fill, noise=noise, split=split, depth=depth, seed=seed),
         out=out, optimizer_state=optimizer_state, data=data, tokenizer=tokenizer, family=family, axes=axis, dtype=dtype,
         force=force, dry_run=dry_run, max_shard_size=max_shard_size, jobs=jobs, verify=verify,
     )  # fmt: skip

@@ -34,7 +34,7 @@ from tlt_cli.surgery.verify import check, sample_tokens, verify
 
 
 def grow_checkpoint(
-    source: str,
+    source: str | Checkpoint,
     output: Path | None,
     sizes: Sizes,
     recipe: Recipe,
@@ -73,7 +73,7 @@ def grow_checkpoint(
             room = lambda new: check_room(writing.output, _bytes(fitted, new, dtypes, kind))  # noqa: E731
             growth, plan = grown(fitted, dtypes, sizes, recipe, room=room)
             plan = retyped(plan, kind)
-            files = _own_table(checkpoint, family, writing.output, out)
+            files = table_files(checkpoint, family, writing.output, out)
             if optimizer_state is not None:
                 if is_single_file(writing.output):
                     raise UsageError("--optimizer-state writes files beside the model: let -o name a folder")
@@ -90,7 +90,7 @@ def grow_checkpoint(
         )  # fmt: skip
 
 
-def _own_table(checkpoint: Checkpoint, family: str | None, output: Path, out: Output) -> dict[str, bytes]:
+def table_files(checkpoint: Checkpoint, family: str | None, output: Path, out: Output) -> dict[str, bytes]:
     """A family table of the user's own as a file of the output, which nobody could open without it."""
     table = own_table(checkpoint) if family is None else family if family.endswith(".toml") else None
     if table is None:

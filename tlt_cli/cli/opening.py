@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tlt_cli.axes import bindings
+from tlt_cli.checkpoint.ranks import world_size
 from tlt_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from tlt_cli.cli.console import Output
 from tlt_cli.errors import TltError, UsageError, nearest
@@ -29,7 +30,12 @@ _DTYPES = {
 
 
 def opened(
-    source: str, *, out: Output, family: str | None = None, axes: Sequence[str] | None = None, values: bool = True
+    source: str | Checkpoint,
+    *,
+    out: Output,
+    family: str | None = None,
+    axes: Sequence[str] | None = None,
+    values: bool = True,
 ) -> tuple[Checkpoint, Fit]:
     """The checkpoint, its headers read and fitted to `family`, to the folder's own tlt.toml, or to the one that fits.
 
@@ -37,19 +43,29 @@ def opened(
     user should know is noted on `out`. Raises TltError naming the source and the first tensor that does not fit.
     """
     sizes = parse_axes(axes or ())
-    checkpoint = open_checkpoint(source, values=values, bars=out.draws)
+    checkpoint = open_checkpoint(source, values=values, bars=out.draws) if isinstance(source, str) else source
     fitted = _fitted(checkpoint, out=out, family=family, sizes=sizes)
     if checkpoint.location is not None:
         check_ties(checkpoint, fitted)
     return checkpoint, fitted
 
 
+def hashing(source: str) -> str | Checkpoint:
+    """The checkpoint of a local path, its digest already under way: a second per GB, about what importing torch takes.
+    Several ranks open theirs together, later; what is on the hub has its digests from there."""
+    if world_size() > 1 or not Path(source).expanduser().exists():
+        return source
+    checkpoint = open_checkpoint(source)
+    checkpoint.begin_digest()
+    return checkpoint
+
+
 def opened_if_known(
-    source: str, *, out: Output, family: str | None, axes: Sequence[str] | None
+    source: str, *, out: Output, family: str | None, axes: Sequence[str] | None, values: bool = False
 ) -> tuple[Checkpoint, Fit | None]:
-    """As `opened`, headers alone; where no family fits that is noted, unless the user or the folder named one."""
+    """As `opened`, or headers alone; where no family fits that is noted, unless the user or the folder named one."""
     sizes = parse_axes(axes or ())
-    checkpoint = open_checkpoint(source, values=False, bars=out.draws)
+    checkpoint = open_checkpoint(source, values=values, bars=out.draws)
     try:
         return checkpoint, _fitted(checkpoint, out=out, family=family, sizes=sizes)
     except TltError as error:

@@ -20,7 +20,7 @@ from tlt_cli.surgery.maps import COPY, FREE, MEAN, AxisMap
 from tlt_cli.surgery.noise import Spread, add_null_noise, generator_for, spread_of, uniform
 from tlt_cli.surgery.spectrum import DenseMap, null_basis, spectral_fill
 
-BLOCK_ELEMENTS = 1 << 18  # of float32: a megabyte, so that a block stays in the cache through all its steps
+BLOCK_ELEMENTS = 1 << 20  # of float32: 4 MB, enough work per step for several jobs not to wait for each other
 _SAMPLE_ELEMENTS = 1 << 18
 
 
