@@ -134,7 +134,9 @@ def untrue(entries: list[str], files: set[str]) -> set[str]:
 
 def test_the_tree_names_every_file() -> None:
     package = ROOT / "tlt_cli"
-    files = {path.relative_to(package).as_posix() for end in ("py", "toml", "json") for path in package.rglob(f"*.{end}")}
+    files = {
+        path.relative_to(package).as_posix() for end in ("py", "toml", "json") for path in package.rglob(f"*.{end}")
+    }
     assert untrue(list(tree(README)), files) == set()
     assert untrue([*tree(README), "cli/imagined.py"], files) == {"cli/imagined.py"}
     assert untrue(list(tree(README)), {*files, "surgery/forgotten.py"}) == {"surgery/forgotten.py"}

@@ -1,4 +1,4 @@
-"""The direction of imports: cli -> surgery, training -> model -> families, axes -> checkpoint."""
+"""The direction of imports: cli -> calibration -> surgery, training -> model -> families, axes -> checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "checkpoint": {"errors"},
     "families": FOUNDATION | {"axes"},
     "model": MODEL,
-    "calibration": SURGERY,
+    "calibration": SURGERY | {"surgery"},
     "surgery": SURGERY,
     "training": SURGERY,
     "cli": SURGERY | {"calibration", "surgery", "training"},

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tlt_cli.model.decoder import Decoder
 
-__all__ = ["grow", "load"]
+__all__ = ["fold", "grow", "load"]
 __version__ = "0.1.0"
 
 
@@ -97,6 +97,37 @@ def grow(
         data=None if data is None else [Path(text) for text in data], tokenizer=tokenizer, family=family,
         axes=_typed(axes), dtype=dtype, force=force, dry_run=dry_run, max_shard_size=max_shard_size, jobs=jobs,
         verify=verify,
+    )  # fmt: skip
+    return outcome.report
+
+
+def fold(
+    source: str | PathLike[str],
+    output: str | PathLike[str],
+    *,
+    family: str | None = None,
+    axes: Mapping[str, int] | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    max_shard_size: str | None = None,
+    jobs: int | None = None,
+    verify: bool = True,
+    seed: int = 0,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Multiply low-rank factors out into plain matrices: `tlt fold`, and what it prints with --json as a dict.
+
+    `output` is a .safetensors file or a folder. The dict has, among others, path, parameters, bytes, and verification:
+    max_logit, relative (in deviations of the logits), bound, and kl (nats per token). Raises TltError, with nothing
+    written, where there is nothing to fold or the folded model would compute something else.
+    """
+    from tlt_cli.cli.console import Output
+    from tlt_cli.cli.fold import fold_checkpoint
+
+    outcome = fold_checkpoint(
+        fspath(source), Path(output), out=Output(quiet=quiet), family=family, axes=_typed(axes), dtype=dtype,
+        force=force, dry_run=dry_run, max_shard_size=max_shard_size, jobs=jobs, verify=verify, seed=seed,
     )  # fmt: skip
     return outcome.report
 

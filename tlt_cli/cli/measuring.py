@@ -14,7 +14,7 @@ from tlt_cli.families.fit import Fit
 from tlt_cli.model.perplexity import perplexity
 from tlt_cli.model.text import Tokens, load_tokens
 
-_USUAL_CONTEXT = 512
+USUAL_CONTEXT = 512
 _LOGITS_AT_ONCE = 2**25  # 128 MiB of float32
 _MOST_WINDOWS = 32
 
@@ -66,13 +66,14 @@ def measure(
     Without a context all of them are read in windows that the shortest-sighted one can see whole.
     """
     if context is None:
-        context = min(_USUAL_CONTEXT, *(_positions(one.fit) for one in prepared))
+        context = min(USUAL_CONTEXT, *(positions(one.fit) for one in prepared))
     reports = []
     for one in prepared:
         decoder = load_decoder(one.checkpoint, one.fit, device=device, dtype=dtype, stream=stream)
-        fitting = max(1, min(_MOST_WINDOWS, _LOGITS_AT_ONCE // (context * one.fit.sizes["vocab"])))
         with out.progress(f"reading {one.tokens.info['source']} with {one.checkpoint.source}") as progress:
-            measured = perplexity(decoder, one.tokens.ids, context, batch_size or fitting, progress)
+            measured = perplexity(
+                decoder, one.tokens.ids, context, batch_size or windows_at_once(one.fit, context), progress
+            )
         reports.append(
             {
                 "source": one.checkpoint.source,
@@ -89,7 +90,12 @@ def measure(
     return reports
 
 
-def _positions(fit: Fit) -> int:
+def windows_at_once(fit: Fit, context: int) -> int:
+    """How many windows of so many tokens make logits of a bearable size."""
+    return max(1, min(_MOST_WINDOWS, _LOGITS_AT_ONCE // (context * fit.sizes["vocab"])))
+
+
+def positions(fit: Fit) -> int:
     """How far the model was made to see."""
     stated = fit.sizes.get("position") or fit.setting("max_position_embeddings")
-    return stated if isinstance(stated, int) and stated > 1 else _USUAL_CONTEXT
+    return stated if isinstance(stated, int) and stated > 1 else USUAL_CONTEXT

@@ -13,6 +13,15 @@ from typing import Any
 from tlt_cli.axes import LayoutError, bindings, shape, solve
 from tlt_cli.errors import TltError, nearest
 from tlt_cli.families.choose import choose
+from tlt_cli.families.factors import (
+    LowRank,
+    check_complete,
+    check_ranks,
+    factor_places,
+    find_slot,
+    own_sizes,
+    read_lowrank,
+)
 from tlt_cli.families.family import Family
 from tlt_cli.families.place import Place, Shapes, place, roles_of, stored
 from tlt_cli.families.rules import check_config
@@ -25,7 +34,10 @@ _TIE = "tie_word_embeddings"
 
 @dataclass(frozen=True)
 class Fit:
-    """A family table solved for one checkpoint. `places` covers every tensor but the `dropped` ones."""
+    """A family table solved for one checkpoint. `places` covers every tensor but the `dropped` ones.
+
+    `lowrank` says which matrices are stored as factors; None where all are plain.
+    """
 
     family: Family
     config: dict[str, Any]
@@ -34,10 +46,15 @@ class Fit:
     dropped: tuple[str, ...]
     tied: bool
     notes: tuple[str, ...] = ()
+    lowrank: LowRank | None = None
 
     def setting(self, key: str) -> Any:
         """A key of config.json, else the table's default, else None. An explicit null stays None."""
         return self.config[key] if key in self.config else self.family.defaults.get(key)
+
+    def sizes_of(self, place: Place) -> dict[str, int]:
+        """The sizes of all axes as they are for one tensor: with its rank, and its layer's own feed-forward."""
+        return dict(self.sizes) if self.lowrank is None else own_sizes(self.sizes, self.family, self.lowrank, place)
 
     @property
     def kv_heads(self) -> int:
@@ -68,8 +85,15 @@ def fit(
     `axes` gives sizes that shapes cannot tell, such as the number of key/value heads of a bare file.
     Raises TltError that names the first tensor that does not fit, the shape found and the shape wanted.
     """
-    table, notes = choose(shapes, config, family)
-    places, buffers = place(shapes, table)
+    lowrank = read_lowrank(config)
+    if lowrank is None:
+        table, notes = choose(shapes, config, family)
+        apart = {}
+    else:  # its own architecture is that of the code it ships; the table is the dense model's
+        table, notes = choose(shapes, {**(config or {}), "architectures": list(lowrank.architectures)}, family)
+        apart = factor_places(table, lowrank)
+        check_complete(table, shapes, apart)
+    places, buffers = place(shapes, table, apart)
     if config is None:
         sizes = _solve_bare(shapes, table, places, axes or {})
         config, note = _made_up_config(table, places, sizes)
@@ -81,11 +105,13 @@ def fit(
                 raise TltError(f"--axis {axis}: {table.name} has no such axis; it has {bindings(sizes)}")
             if sizes[axis] != size:
                 raise TltError(f"--axis {axis}={size}, but config.json says {axis}={sizes[axis]}")
-    solved = Fit(table, dict(config), sizes, places, tuple(buffers), tied=False, notes=notes)
+    solved = Fit(table, dict(config), sizes, places, tuple(buffers), tied=False, notes=notes, lowrank=lowrank)
     check_config(table.rules, (*table.biases, _TIE), solved.setting, layers=sizes["layer"])
     tied = bool(table.tied) and bool(solved.setting(_TIE))
     places, aliases = _tie(table, places, tied)
     solved = replace(solved, places=places, dropped=(*buffers, *aliases), tied=tied)
+    if lowrank is not None:
+        check_ranks(sizes, table, lowrank)
     _check_shapes(shapes, solved)
     _check_presence(solved)
     return solved
@@ -99,8 +125,10 @@ def _tie(table: Family, places: dict[str, Place], tied: bool) -> tuple[dict[str,
     if stored(places, "embedding"):
         return {name: spot for name, spot in places.items() if name not in heads}, heads
     embedding = table.rows[table.roles["embedding"].name + ".weight"]
-    alone = replace(places[heads[0]], arrow=embedding, roles=("embedding",))
-    return {name: alone if name == heads[0] else spot for name, spot in places.items()}, []
+    for name in heads:
+        arrow = embedding if places[name].slot is None else places[name].arrow
+        places = {**places, name: replace(places[name], arrow=arrow, roles=("embedding",))}
+    return places, []
 
 
 def _solve_bare(shapes: Shapes, table: Family, places: Mapping[str, Place], given: Mapping[str, int]) -> dict[str, int]:
@@ -141,9 +169,10 @@ def _made_up_config(table: Family, places: Mapping[str, Place], sizes: Mapping[s
 
 def _check_shapes(shapes: Shapes, fit: Fit) -> None:
     for name, spot in fit.places.items():
-        wanted = shape(spot.arrow, fit.sizes)
+        sizes = fit.sizes_of(spot)
+        wanted = shape(spot.arrow, sizes)
         if tuple(shapes[name]) != wanted:
-            own = {axis: size for axis, size in fit.sizes.items() if axis in spot.arrow.axes}
+            own = {axis: size for axis, size in sizes.items() if axis in spot.arrow.axes}
             raise TltError(
                 f"{name} is {list(shapes[name])}, but the {fit.family.name} table says '{spot.arrow}' = {list(wanted)} "
                 f"with {bindings(own)}"
@@ -159,7 +188,8 @@ def _check_presence(fit: Fit) -> None:
     table, layers = fit.family, fit.sizes["layer"]
     have: dict[str, dict[int | None, str]] = {}
     for name, spot in fit.places.items():
-        have.setdefault(spot.pattern, {})[spot.layer] = name
+        row = spot.pattern if spot.slot is None else find_slot(table, spot.slot).pattern
+        have.setdefault(row, {})[spot.layer] = name
     switched = {f"{table.roles[role].name}.bias": key for key, roles in table.biases.items() for role in roles}
     embedded = stored(fit.places, "embedding")
     for pattern in table.rows:

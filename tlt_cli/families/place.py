@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from tlt_cli.axes import Arrow
 from tlt_cli.errors import TltError
@@ -18,7 +19,11 @@ _LAYER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,8})(?=\.)", re.ASCII)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stored tensor stands: its arrow, its layer, and the role it plays (several where roles are fused)."""
+    """Where a stored tensor stands: its arrow, its layer, and the role it plays (several where roles are fused).
+
+    `slot` names the matrix that it is a factor or a part of, where it is not the row's whole tensor, and `part` which
+    one of the row's fused parts that is.
+    """
 
     name: str
     pattern: str
@@ -26,6 +31,8 @@ class Place:
     layer: int | None
     roles: tuple[str, ...]
     kind: str
+    slot: str | None = None
+    part: int | None = None
 
 
 def match(table: Family, name: str) -> tuple[str, int | None] | None:
@@ -59,12 +66,20 @@ def roles_of(table: Family, pattern: str) -> tuple[str, ...]:
     return tuple(role for _, role in sorted(found))
 
 
-def place(shapes: Shapes, table: Family) -> tuple[dict[str, Place], list[str]]:
-    """Every tensor in its place, and the names of the buffers. Raises TltError that names the first unknown tensor."""
+def place(
+    shapes: Shapes, table: Family, apart: Mapping[str, Place] = MappingProxyType({})
+) -> tuple[dict[str, Place], list[str]]:
+    """Every tensor in its place, and the names of the buffers. Raises TltError that names the first unknown tensor.
+
+    `apart` are the places of tensors that no row describes as it stands: factors, and parts of fused ones.
+    """
     places: dict[str, Place] = {}
     taken: dict[tuple[str, int | None], str] = {}
     buffers = []
     for name in shapes:
+        if name in apart:
+            places[name] = apart[name]
+            continue
         if is_buffer(table, name):
             buffers.append(name)
             continue

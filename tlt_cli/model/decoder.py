@@ -55,30 +55,39 @@ class Cache:
 
 @dataclass(frozen=True)
 class Step:
-    """What all layers of one forward pass share: the first position, the rotations, the masks, the cache."""
+    """What all layers of one forward pass share: positions, rotations, masks, the cache.
+
+    `present` [B, S] is False where a row is padded and None where none is; `positions` are [T], or [B, T] with it.
+    """
 
     start: int
     length: int
+    positions: Tensor
     rotations: dict[str, tuple[Tensor, Tensor]]
     cache: Cache | None = None
+    present: Tensor | None = None
     masks: dict[tuple[int | None, bool], Tensor | None] = field(default_factory=dict)
 
     def mask(self, window: int | None, device: torch.device, always: bool) -> Tensor | None:
         """[T, S], True where a query may look: backwards, and no further than the window, itself included.
 
+        [B, 1, T, S] where rows are padded: no query looks at padding, but for a padded one at itself.
         None where the kernel's own causal rule says the same, unless `always` asks for the mask itself.
         """
         total = self.start + self.length
         window = None if window is None or window >= total else window
         if (window, always) not in self.masks:
-            plain = window is None and (self.start == 0 or self.length == 1)
+            plain = window is None and self.present is None and (self.start == 0 or self.length == 1)
             if plain and not always:
                 self.masks[window, always] = None
             else:
                 query = torch.arange(self.start, total, device=device)[:, None]
                 key = torch.arange(total, device=device)[None, :]
                 seen = key <= query
-                self.masks[window, always] = seen if window is None else seen & (key > query - window)
+                seen = seen if window is None else seen & (key > query - window)
+                if self.present is not None:
+                    seen = (seen & self.present[:, None, None, :]) | (key == query)
+                self.masks[window, always] = seen
         return self.masks[window, always]
 
 
@@ -104,10 +113,19 @@ def frequencies(rope: dict[str, Any], head_dim: int, dtype: torch.dtype, device:
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn entry i against entry i + D/2 by its position's angle. x [B, heads, T, D], cosines and sines [T, D/2]."""
+    """Turn entry i against entry i + D/2 by its position's angle.
+
+    x [B, heads, T, D], cosines and sines [T, D/2] or [B, 1, T, D/2].
+    """
     cosine, sine = rotation
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+
+
+def unpivot(rows: Tensor, size: int) -> Tensor:
+    """Where each of `size` rows is when those numbered by `rows` [k], ascending, stand before all others: [size]."""
+    kept = torch.zeros(size, dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
+    return torch.where(kept, kept.cumsum(0) - 1, len(rows) - 1 + (~kept).cumsum(0))
 
 
 class Decoder(nn.Module):
@@ -116,6 +134,12 @@ class Decoder(nn.Module):
     `description` is plain data, as `describe` makes it. All parameters are named as in the checkpoint's file and kept
     as stored there, fused and transposed ones too, so `load_state_dict` takes a file's tensors as they are. Every use
     of a weight goes through `weight` or `rows`: a streaming decoder holds none and fetches each one there.
+
+    A matrix may be two factors, b @ a: `<slot>.lowrank_a.weight` [r, in] and `<slot>.lowrank_b.weight` [out, r], a slot
+    being a module's name, with ".0", ".1", ... where the module holds several fused. `description["lowrank"]` has
+    "ranks" by slot; "shared", whose lowrank_a a slot uses; "pivoted", the entries [from, to] of its rank that are rows
+    of the matrix as they are, which lowrank_b lacks and `<slot>.lowrank_rows` numbers; and "ffn", the size of the
+    feed-forward in layers that have their own.
     """
 
     def __init__(
@@ -133,8 +157,16 @@ class Decoder(nn.Module):
         self._like = torch.empty(0, device=device, dtype=dtype)
         self._held: tuple[str, Tensor] | None = None
         self._leaves: dict[str, tuple[nn.Module, str]] = {}
+        lowrank = description.get("lowrank") or {}
+        self._ranks: dict[str, int] = lowrank.get("ranks", {})
+        self._shared: dict[str, str] = lowrank.get("shared", {})
+        self._pivoted: dict[str, list[int]] = lowrank.get("pivoted", {})
+        self._ffn: dict[str, int] = lowrank.get("ffn", {})
         for name, shape in self._shapes():
-            self._add(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+            if name.endswith(".lowrank_rows"):
+                self._add(name, torch.arange(*shape, device=device))
+            else:
+                self._add(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self._act = ACTIVATIONS[description["activation"]]
         if self._like.device.type != "meta":
             self.initialize()
@@ -170,6 +202,11 @@ class Decoder(nn.Module):
         limits = [self.description["positions"], *(rope.get("limit") for rope in self.description["ropes"].values())]
         return min((limit for limit in limits if limit is not None), default=None)
 
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        """All tensors of the checkpoint by name: the parameters, and the row numbers of pivoted factors."""
+        return {name: getattr(module, leaf) for name, (module, leaf) in self._leaves.items()}
+
     def initialize(self, deviation: float = 0.02, generator: torch.Generator | None = None) -> None:
         """Start values for training from nothing: normal matrices, unit gains, zero biases."""
         roles = self.description["roles"]
@@ -196,7 +233,8 @@ class Decoder(nn.Module):
         if self._held is not None and self._held[0] == name:
             return self._held[1]
         self._held = None if not name.endswith(".bias") else self._held  # room first, then the next tensor
-        tensor = self._fetch(name).to(self._like)
+        tensor = self._fetch(name)
+        tensor = tensor.to(self._like) if tensor.is_floating_point() else tensor.to(self._like.device)
         if tensor.dim() > 1:
             self._held = (name, tensor)  # query, key and value may be one fused tensor, read three times in a row
         return tensor
@@ -209,20 +247,43 @@ class Decoder(nn.Module):
         wanted, inverse = torch.unique(ids, return_inverse=True)
         return self._fetch_rows(name, wanted).to(self._like)[inverse]
 
-    def linear(self, x: Tensor, role: str, layer: int) -> Tensor:
-        """One of a block's linears: x [B, T, in] -> [B, T, out]."""
+    def linear(self, x: Tensor, role: str, layer: int, inner: dict[str, Tensor] | None = None) -> Tensor:
+        """One of a block's linears: x [B, T, in] -> [B, T, out].
+
+        `inner` remembers what right factors made of this x, for the linears that share them.
+        """
         if self.observe is not None:
             self.observe(role, layer, x)
         spot = self.description["roles"][role]
-        name = spot["name"].format(layer=layer)
-        weight = self.weight(f"{name}.weight")
+        name, part, slot = self._slot(spot, layer)
         bias = self.weight(f"{name}.bias") if spot["bias"] else None
+        bias = bias if bias is None or part is None else bias.chunk(spot["parts"])[part]
+        if slot in self._ranks:
+            return self.factored(x, slot, bias, inner)
+        if self._apart(spot, name):
+            return functional.linear(x, self.weight(f"{slot}.weight"), bias)
+        weight = self.weight(f"{name}.weight")
         weight = weight.T if spot["transposed"] else weight
-        if spot["part"] is not None:
-            size = weight.shape[0] // spot["parts"]
-            piece = slice(spot["part"] * size, (spot["part"] + 1) * size)
-            weight, bias = weight[piece], bias if bias is None else bias[piece]
-        return functional.linear(x, weight, bias)
+        return functional.linear(x, weight if part is None else weight.chunk(spot["parts"])[part], bias)
+
+    def factored(
+        self, x: Tensor, slot: str, bias: Tensor | None = None, inner: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """x [..., in] times a matrix that is stored as two factors -> [..., out]."""
+        owner = self._shared.get(slot, slot)
+        narrow = None if inner is None else inner.get(owner)
+        if narrow is None:
+            narrow = functional.linear(x, self.weight(f"{owner}.lowrank_a.weight"))
+            if inner is not None:
+                inner[owner] = narrow
+        left = self.weight(f"{slot}.lowrank_b.weight")
+        if slot not in self._pivoted:
+            return functional.linear(narrow, left, bias)
+        start, stop = self._pivoted[slot]
+        both = torch.cat([narrow[..., start:stop], functional.linear(narrow, left)], dim=-1)
+        place = unpivot(self.weight(f"{slot}.lowrank_rows"), both.shape[-1])
+        wide = both.index_select(-1, place)
+        return wide if bias is None else wide + bias
 
     def normalize(self, x: Tensor, role: str, layer: int = 0) -> Tensor:
         """x [..., n] with unit root-mean-square (arXiv:1910.07467) or unit variance, times the gain; dtype kept."""
@@ -241,9 +302,12 @@ class Decoder(nn.Module):
 
     # --- the pass ----------------------------------------------------------------------------------------------
 
-    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """Logits [B, T, V] of ids [B, T]; with a cache the ids continue what it has seen."""
-        step = self.begin(ids.shape[1], cache)
+    def forward(self, ids: Tensor, cache: Cache | None = None, present: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] of ids [B, T]; with a cache the ids continue what it has seen.
+
+        `present` [B, S] is False where a row of what was seen so far, ids included, is padding.
+        """
+        step = self.begin(ids.shape[1], cache, present)
         x = self.embed(ids, step)
         for layer in self._layers():
             x = self.block(x, layer, step)
@@ -255,30 +319,41 @@ class Decoder(nn.Module):
         """An empty cache for this decoder."""
         return Cache(self.description["layers"])
 
-    def begin(self, length: int, cache: Cache | None = None) -> Step:
-        """What `embed` and every `block` of a pass over T = `length` tokens share."""
+    def begin(self, length: int, cache: Cache | None = None, present: Tensor | None = None) -> Step:
+        """What `embed` and every `block` of a pass over T = `length` tokens share; `present` as for `forward`."""
         start = 0 if cache is None else cache.length
         if self.longest is not None and start + length > self.longest:
             raise ValueError(f"{start + length} tokens, but this model has {self.longest} positions")
         like = self._like if self._fetch is not None else next(self.parameters())
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-        positions = torch.arange(start, start + length, device=like.device).to(wide)
+        positions = torch.arange(start, start + length, device=like.device)
+        if present is not None:  # a padded row counts from its first token on
+            present = present.to(like.device).bool()
+            positions = (present.long().cumsum(-1) - 1).clamp(min=0)[:, start:]
         rotations = {}
         for name, rope in self.description["ropes"].items():
-            angles = positions[:, None] * frequencies(rope, self.description["head_dim"], wide, like.device)
+            angles = positions[..., None].to(wide) * frequencies(rope, self.description["head_dim"], wide, like.device)
+            angles = angles if present is None else angles[:, None]
             rotations[name] = angles.cos().to(like.dtype), angles.sin().to(like.dtype)
-        return Step(start, length, rotations, cache)
+        return Step(start, length, positions, rotations, cache, present)
 
     def embed(self, ids: Tensor, step: Step) -> Tensor:
         """ids [B, T] -> the residual stream [B, T, H], learned positions included."""
         roles = self.description["roles"]
-        x = self.rows(roles["embedding"]["name"] + ".weight", ids)
+        x = self.words("embedding", ids)
         if self.description["embedding_scale"] is not None:
             x = x * torch.tensor(self.description["embedding_scale"], dtype=x.dtype, device=x.device)
         if "positions" in roles:
-            where = torch.arange(step.start, step.start + step.length, device=ids.device)
-            x = x + self.rows(roles["positions"]["name"] + ".weight", where)
+            x = x + self.words("positions", step.positions.to(ids.device))
         return x
+
+    def words(self, role: str, ids: Tensor) -> Tensor:
+        """Rows `ids` [...] of a table of embeddings -> [..., H]."""
+        name = self.description["roles"][role]["name"]
+        if name not in self._ranks:
+            return self.rows(f"{name}.weight", ids)
+        left = self.rows(f"{name}.lowrank_b.weight", ids)
+        return left @ self.weight(f"{self._shared.get(name, name)}.lowrank_a.weight")
 
     def block(self, x: Tensor, layer: int, step: Step) -> Tensor:
         """One layer: the residual stream [B, T, H] in and out."""
@@ -286,18 +361,19 @@ class Decoder(nn.Module):
         attended = self.attention(self.normalize(x, "attention_norm", layer), layer, step)
         x = x + (self.normalize(attended, "attention_post_norm", layer) if "attention_post_norm" in roles else attended)
         read = self.normalize(x, "ffn_norm", layer)
+        inner: dict[str, Tensor] = {}
         if "gate" in roles:
-            inner = self._act(self.linear(read, "gate", layer)) * self.linear(read, "up", layer)
+            neurons = self._act(self.linear(read, "gate", layer, inner)) * self.linear(read, "up", layer, inner)
         else:
-            inner = self._act(self.linear(read, "up", layer))
-        written = self.linear(inner, "down", layer)
+            neurons = self._act(self.linear(read, "up", layer, inner))
+        written = self.linear(neurons, "down", layer)
         return x + (self.normalize(written, "ffn_post_norm", layer) if "ffn_post_norm" in roles else written)
 
     def attention(self, x: Tensor, layer: int, step: Step) -> Tensor:
         """Attention where `heads / kv_heads` queries share a key and a value (GQA, arXiv:2305.13245). x [B, T, H]."""
-        data = self.description
+        data, inner = self.description, dict[str, Tensor]()
         query, key, value = (
-            torch.unflatten(self.linear(x, role, layer), -1, (-1, data["head_dim"])).transpose(1, 2)
+            torch.unflatten(self.linear(x, role, layer, inner), -1, (-1, data["head_dim"])).transpose(1, 2)
             for role in ("query", "key", "value")
         )  # [B, heads or kv heads, T, D]
         if "query_norm" in data["roles"]:
@@ -314,6 +390,7 @@ class Decoder(nn.Module):
             key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
         softcap, scale = data["attention_softcap"], data["softmax_scale"][layer]
         mask = step.mask(data["window"][layer], x.device, always=softcap is not None)
+        mask = mask if mask is None else mask[..., -key.shape[2] :]  # a cache may have let go of what no window reaches
         if softcap is None:
             causal = mask is None and step.length > 1
             mixed = functional.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale)
@@ -325,20 +402,26 @@ class Decoder(nn.Module):
         return self.linear(mixed.transpose(1, 2).flatten(2), "output", layer)
 
     def logits(self, x: Tensor) -> Tensor:
-        """The residual stream [B, T, H] -> logits [B, T, V], a chunk of the vocabulary at a time."""
+        """The residual stream [B, T, H] -> logits [B, T, V]."""
+        return self.head(self.normalize(x, "final_norm"))
+
+    def head(self, x: Tensor) -> Tensor:
+        """The normalized stream [B, T, H] -> logits [B, T, V], a chunk of the vocabulary at a time."""
         data = self.description
-        x = self.normalize(x, "final_norm")
         spot = data["roles"]["embedding" if data["tied"] else "head"]
-        name, vocab = spot["name"] + ".weight", data["vocab"]
-        bias = self.weight(spot["name"] + ".bias") if spot["bias"] else None
+        slot, name, vocab, transposed = spot["name"], spot["name"] + ".weight", data["vocab"], spot["transposed"]
+        bias = self.weight(slot + ".bias") if spot["bias"] else None
+        if slot in self._ranks:
+            x = functional.linear(x, self.weight(f"{self._shared.get(slot, slot)}.lowrank_a.weight"))
+            name, transposed = f"{slot}.lowrank_b.weight", False
         chunks = []
         for first in range(0, vocab, HEAD_ROWS):
             last = min(first + HEAD_ROWS, vocab)
-            if self._fetch_rows is not None and not spot["transposed"]:
+            if self._fetch_rows is not None and not transposed:
                 rows = self.rows(name, torch.arange(first, last, device=x.device))
             else:
                 whole = self.weight(name)
-                rows = (whole.T if spot["transposed"] else whole)[first:last]
+                rows = (whole.T if transposed else whole)[first:last]
             chunks.append(functional.linear(x, rows, bias if bias is None else bias[first:last]))
         self._held = None
         logits = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=-1)
@@ -350,35 +433,63 @@ class Decoder(nn.Module):
     def _layers(self) -> range:
         return range(self.description["layers"])
 
+    def _slot(self, spot: dict[str, Any], layer: int) -> tuple[str, int | None, str]:
+        """A role's module in this layer, its part of it, and the name of its matrix alone."""
+        name, part = spot["name"].format(layer=layer), spot["part"]
+        return name, part, name if part is None else f"{name}.{part}"
+
+    def _apart(self, spot: dict[str, Any], name: str) -> bool:
+        """Whether a module's fused parts are stored one by one: some of them are factors."""
+        return spot["part"] is not None and any(f"{name}.{part}" in self._ranks for part in range(spot["parts"]))
+
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every stored tensor's name and shape, as the file has them."""
         data = self.description
-        hidden, heads, kv = data["hidden"], data["heads"] * data["head_dim"], data["kv_heads"] * data["head_dim"]
-        sizes: dict[str, tuple[int, ...]] = {
-            "embedding": (data["vocab"], hidden), "positions": (data["positions"] or 0, hidden),
-            "head": (data["vocab"], hidden), "query": (heads, hidden), "key": (kv, hidden), "value": (kv, hidden),
-            "output": (hidden, heads), "gate": (data["ffn"], hidden), "up": (data["ffn"], hidden),
-            "down": (hidden, data["ffn"]), **dict.fromkeys(NORMS, (hidden,)),
-            "query_norm": (data["head_dim"],), "key_norm": (data["head_dim"],),
-        }  # fmt: skip
         for role, spot in data["roles"].items():
-            if spot["part"]:
-                continue  # the fused tensor came with its first part
-            shape = (sizes[role][0] * (spot["parts"] or 1), *sizes[role][1:])
             layers: Iterable[int] = [0] if role in STEM else self._layers()
             for layer in layers:
-                name = spot["name"].format(layer=layer)
-                yield f"{name}.weight", shape[::-1] if spot["transposed"] else shape
-                if spot["bias"]:
-                    yield f"{name}.bias", shape[:1]
+                shape = self._sizes(layer)[role]
+                name, part, slot = self._slot(spot, layer)
+                if slot in self._ranks:
+                    yield from self._factors(slot, shape)
+                elif self._apart(spot, name):
+                    yield f"{slot}.weight", shape
+                elif not part:  # the fused tensor comes with its first part
+                    whole = (shape[0] * (spot["parts"] or 1), *shape[1:])
+                    yield f"{name}.weight", whole[::-1] if spot["transposed"] else whole
+                if spot["bias"] and not part:
+                    yield f"{name}.bias", (shape[0] * (spot["parts"] or 1),)
 
-    def _add(self, name: str, parameter: nn.Parameter) -> None:
-        """Register a parameter under a dotted name, a plain module for every part of it."""
+    def _sizes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Outputs and inputs of every role's matrix in this layer, and the entries of every norm."""
+        data = self.description
+        hidden, heads, kv = data["hidden"], data["heads"] * data["head_dim"], data["kv_heads"] * data["head_dim"]
+        ffn = self._ffn.get(str(layer), data["ffn"])
+        return {
+            "embedding": (data["vocab"], hidden), "positions": (data["positions"] or 0, hidden),
+            "head": (data["vocab"], hidden), "query": (heads, hidden), "key": (kv, hidden), "value": (kv, hidden),
+            "output": (hidden, heads), "gate": (ffn, hidden), "up": (ffn, hidden), "down": (hidden, ffn),
+            **dict.fromkeys(NORMS, (hidden,)), "query_norm": (data["head_dim"],), "key_norm": (data["head_dim"],),
+        }  # fmt: skip
+
+    def _factors(self, slot: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        rank, (start, stop) = self._ranks[slot], self._pivoted.get(slot, (0, 0))
+        if slot not in self._shared:
+            yield f"{slot}.lowrank_a.weight", (rank, shape[1])
+        yield f"{slot}.lowrank_b.weight", (shape[0] - (stop - start), rank)
+        if slot in self._pivoted:
+            yield f"{slot}.lowrank_rows", (stop - start,)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        """Register a parameter, or a buffer, under a dotted name, a plain module for every part of it."""
         *path, leaf = name.split(".")
         module: nn.Module = self
         for part in path:
             if part not in module._modules:
                 module.add_module(part, nn.Module())
             module = module.get_submodule(part)
-        module.register_parameter(leaf, parameter)
+        if isinstance(value, nn.Parameter):
+            module.register_parameter(leaf, value)
+        else:
+            module.register_buffer(leaf, value)
         self._leaves[name] = (module, leaf)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from tlt_cli.axes import Arrow
 from tlt_cli.errors import TltError
+from tlt_cli.families.factors import LEFT, find_slot
 from tlt_cli.families.fit import Fit, Place
 from tlt_cli.families.layers import rotating_layers, sliding_layers
+from tlt_cli.families.place import roles_of
 from tlt_cli.model.decoder import ACTIVATIONS
 
 FULL, SLIDING = "full", "sliding"
@@ -45,6 +48,7 @@ def describe(fit: Fit) -> dict[str, Any]:
         "final_softcap": _rule(fit, "final_softcap"),
         "tied": fit.tied,
         "roles": _roles(fit),
+        "lowrank": None if fit.lowrank is None else fit.lowrank.data(),
     }
 
 
@@ -155,41 +159,39 @@ def _rope(fit: Fit, given: dict[str, Any], theta_key: str) -> dict[str, Any]:
 def _roles(fit: Fit) -> dict[str, dict[str, Any]]:
     """Where each role's tensors are: module name with {layer}, part of a fused one, storage order, bias."""
     biased = {role for place in fit.places.values() if place.kind == "bias" for role in place.roles}
-    found: dict[str, dict[str, Any]] = {}
+    table, found = fit.family, dict[str, dict[str, Any]]()
     for place in fit.places.values():
-        if place.kind != "weight":
+        if place.kind not in ("weight", LEFT):
             continue
-        fused = len(place.roles) > 1
+        row = place.pattern if place.slot is None else find_slot(table, place.slot).pattern
+        arrow, fused = table.rows[row], len(roles_of(table, row)) > 1
         if fused:
-            _check_fused(place)
-        for part, role in enumerate(place.roles):
+            _check_fused(row, arrow, roles_of(table, row))
+        for part, role in enumerate(place.roles, start=place.part or 0):
             found.setdefault(
                 role,
                 {
-                    "name": _module(place, fit.family.prefix),
+                    "name": _module(place, row.rpartition(".")[0], table.prefix),
                     "part": part if fused else None,
-                    "parts": len(place.roles) if fused else None,
-                    "transposed": place.arrow.sign == "->" and role not in ("embedding", "positions"),
+                    "parts": len(roles_of(table, row)) if fused else None,
+                    "transposed": arrow.sign == "->" and role not in ("embedding", "positions"),
                     "bias": role in biased,
                 },
             )
     return found
 
 
-def _module(place: Place, prefix: str) -> str:
+def _module(place: Place, module: str, prefix: str) -> str:
     """The module's name as the file has it, with {layer} where the layer's number stands."""
-    pattern = place.pattern.rpartition(".")[0]
-    module = place.name.rpartition(".")[0]
-    for candidate in (pattern, pattern.removeprefix(prefix)):
-        if candidate.replace("{layer}", str(place.layer)) == module:
+    for candidate in (module, module.removeprefix(prefix)):
+        if place.name.startswith(candidate.replace("{layer}", str(place.layer)) + "."):
             return candidate
     raise TltError(f"{place.name} does not fit the name pattern {place.pattern}")
 
 
-def _check_fused(place: Place) -> None:
-    dims = [place.arrow.dims[index] for index in place.arrow.outputs]
-    if len(dims) != 1 or dims[0][0] != len(place.roles):
+def _check_fused(row: str, arrow: Arrow, roles: tuple[str, ...]) -> None:
+    dims = [arrow.dims[index] for index in arrow.outputs]
+    if len(dims) != 1 or dims[0][0] != len(roles):
         raise TltError(
-            f"{place.name} holds {', '.join(place.roles)}: its layout '{place.arrow}' must start its outputs with the "
-            f"factor {len(place.roles)}"
+            f"{row} holds {', '.join(roles)}: its layout '{arrow}' must start its outputs with the factor {len(roles)}"
         )

@@ -26,18 +26,21 @@ def load(
 ) -> Decoder:
     """A decoder with all weights in memory, read one by one. Raises TltError where names do not match exactly."""
     decoder = Decoder(description, device="meta", dtype=dtype)
-    wanted = dict(decoder.named_parameters())
+    wanted = decoder.stored
     given = set(names)
     for name in sorted(wanted.keys() ^ given):
         what = "missing from the checkpoint" if name in wanted else "unknown to the decoder"
         raise TltError(f"{name} is {what}")
     for name, placeholder in wanted.items():
         # a copy of its own: training must never write into what the reader may hand out again
-        tensor = read(name).to(device=device, dtype=dtype, copy=True).contiguous()
+        tensor = read(name)
+        tensor = tensor.to(device, dtype if placeholder.is_floating_point() else tensor.dtype, copy=True).contiguous()
         if tensor.shape != placeholder.shape:
             raise TltError(f"{name} is {list(tensor.shape)}, but the decoder needs {list(placeholder.shape)}")
         module, _, leaf = name.rpartition(".")
-        setattr(decoder.get_submodule(module), leaf, nn.Parameter(tensor))
+        _check_rows(decoder, name, tensor)
+        value = nn.Parameter(tensor) if isinstance(placeholder, nn.Parameter) else tensor
+        setattr(decoder.get_submodule(module), leaf, value)
     decoder._like = torch.empty(0, device=device, dtype=dtype)
     return decoder
 
@@ -53,6 +56,16 @@ def _finite(read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
         return tensor
 
     return checked
+
+
+def _check_rows(decoder: Decoder, name: str, tensor: Tensor) -> None:
+    """TltError where the row numbers of a pivoted factor are not ascending or not rows of its matrix."""
+    if tensor.is_floating_point() or not name.endswith(".lowrank_rows"):
+        return
+    left = decoder.stored[f"{name.removesuffix('.lowrank_rows')}.lowrank_b.weight"]
+    size = len(left) + len(tensor)
+    if len(tensor) and (int(tensor[0]) < 0 or int(tensor[-1]) >= size or bool((tensor.diff() <= 0).any())):
+        raise TltError(f"{name} must number rows of a matrix of {size}, each once and ascending")
 
 
 def load_checkpoint(
@@ -80,4 +93,10 @@ def load_checkpoint(
         runs = wanted.tensor_split(ends)
         return torch.cat([checkpoint.read_rows(name, int(run[0]), int(run[-1]) + 1) for run in runs])
 
-    return Decoder.stream(description, read, rows, dtype=dtype, device=device)
+    def fetch(name: str) -> Tensor:
+        tensor = read(name)
+        _check_rows(decoder, name, tensor)
+        return tensor
+
+    decoder = Decoder.stream(description, fetch, rows, dtype=dtype, device=device)
+    return decoder

@@ -16,6 +16,7 @@ from tlt_cli.axes import shape
 from tlt_cli.checkpoint.planned import PlannedTensor, Tensors
 from tlt_cli.errors import TltError, UsageError
 from tlt_cli.families import Fit, Place
+from tlt_cli.families.factors import refuse_factored
 from tlt_cli.model.describe import describe, embedding_scale, softmax_scales
 from tlt_cli.surgery.arrows import METHODS, AxisMaps, axis_maps, sides
 from tlt_cli.surgery.depth import DEPTHS, Layers, layers, move_patterns
@@ -88,6 +89,7 @@ def prepare(
 
     `room` is told the new size of every axis before anything of that size is made, and may refuse by raising.
     """
+    refuse_factored(fit.lowrank, "growing")
     bare = [place.name for place in fit.places.values() if not place.roles]
     if bare or not fit.family.roles:
         raise TltError(

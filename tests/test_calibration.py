@@ -1,0 +1,271 @@
+"""What a text shows of each matrix is what stock transformers shows; what is made of it loses what it says."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from family_zoo import ZOO, make_checkpoint, some_ids
+from growing import Source, opened
+from torch.nn import functional
+
+from tlt_cli.calibration.blocks import Blocks, calibration_windows
+from tlt_cli.calibration.compress import Compressed, install, refine, start_from, start_globally
+from tlt_cli.calibration.drift import STAGES, cross
+from tlt_cli.calibration.moments import Moments, block_moments, moments, streams
+from tlt_cli.calibration.neurons import refit_kept, removal_order
+from tlt_cli.calibration.options import group_options
+from tlt_cli.calibration.pieces import Dense, Low
+from tlt_cli.calibration.refine import refine_block
+from tlt_cli.errors import TltError
+from tlt_cli.model.compare import compare
+from tlt_cli.surgery.decompose import DAMPING, decompose
+from tlt_cli.surgery.matrices import Matrix, matrices, read_matrix
+
+everywhere = pytest.mark.parametrize("family", ZOO)
+
+
+def matrices_of(source: Source) -> list[Matrix]:
+    return matrices({name: info.shape for name, info in source.checkpoint.tensors.items()}, source.fitted)
+
+
+def stock_moments(folder: Path, ids: torch.Tensor, names: list[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Per module E[x xT] of its input and E[g gT] of the summed loss's gradient at its output."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    seen: dict[str, list[torch.Tensor]] = {}
+    for name in names:
+        seen[name] = []
+
+        def hook(_: torch.nn.Module, given: tuple[torch.Tensor], out: torch.Tensor, name: str = name) -> None:
+            out.retain_grad()
+            seen[name] += [given[0], out]
+
+        model.get_submodule(name).register_forward_hook(hook)
+    logits = model(ids).logits[:, :-1]
+    functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum").backward()
+    found = {}
+    for name, (given, out) in seen.items():
+        x, g = given.detach().flatten(0, -2).double(), out.grad.flatten(0, -2).double()
+        found[name] = x.T @ x / len(x), g.T @ g / len(g)
+    return found
+
+
+@everywhere
+def test_moments_are_those_of_stock_transformers(tmp_path: Path, family: str) -> None:
+    source, ids = opened(make_checkpoint(tmp_path, family)), some_ids(batch=5, length=20)
+    found = moments(Blocks(source.checkpoint, source.fitted), ids, gradients=True, batch=2)
+    forward = moments(Blocks(source.checkpoint, source.fitted), ids, gradients=False, batch=2)
+    wanted = [matrix for matrix in matrices_of(source) if matrix.layer == 1]
+    stock = stock_moments(tmp_path, ids, sorted({m.tensor.removesuffix(".weight") for m in wanted}))
+    for matrix in wanted:
+        inputs, outputs = stock[matrix.tensor.removesuffix(".weight")]
+        part = slice((matrix.part or 0) * matrix.rows, ((matrix.part or 0) + 1) * matrix.rows)
+        assert torch.allclose(
+            found.inputs(1, matrix.role), inputs, rtol=1e-3, atol=1e-4 * float(inputs.diagonal().mean())
+        )
+        assert torch.allclose(forward.inputs(1, matrix.role), found.inputs(1, matrix.role))
+        felt = found.outputs(1, matrix.role)
+        assert felt is not None and forward.outputs(1, matrix.role) is None
+        expected = outputs[part, part]
+        assert torch.allclose(felt, expected, rtol=1e-3, atol=1e-3 * float(expected.diagonal().mean()) + 1e-12)
+    other = moments(Blocks(source.checkpoint, source.fitted), some_ids(batch=5, length=20, seed=9), gradients=False)
+    assert not torch.allclose(other.inputs(1, "up"), forward.inputs(1, "up"), rtol=1e-2)
+
+
+def test_blocks_come_one_at_a_time(tmp_path: Path) -> None:
+    """Last to first with gradients, and no tensor of another block is held while one is looked at."""
+    source = opened(make_checkpoint(tmp_path, "llama"))
+    blocks = Blocks(source.checkpoint, source.fitted)
+    order = []
+    for layer, _ in block_moments(blocks, some_ids(), gradients=True):
+        order.append(layer)
+        assert all(f"layers.{layer}." in name for name in blocks._held)
+    assert order == [2, 1, 0]
+    assert [layer for layer, _ in block_moments(blocks, some_ids(), gradients=False)] == [0, 1, 2]
+
+
+def test_a_block_that_overflows_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(make_checkpoint(tmp_path, "llama") / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1e38
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    source = opened(tmp_path)
+    for gradients in (True, False):
+        with pytest.raises(TltError, match="block 1 gives values that are not finite"):
+            moments(Blocks(source.checkpoint, source.fitted), some_ids(), gradients=gradients)
+
+
+def test_windows_are_spread_over_the_text() -> None:
+    found = calibration_windows(torch.arange(1000), 10, 5)
+    assert found[:, 0].tolist() == [0, 250, 500, 740, 990] and found.shape == (5, 10)
+    assert len(calibration_windows(torch.arange(1000), 10)) == 100
+
+
+# --- neurons -----------------------------------------------------------------------------------------------------
+
+
+def random_moment(size: int, seed: int) -> torch.Tensor:
+    x = torch.randn(3 * size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.T @ x / len(x)
+
+
+def lost(change: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> float:
+    return float((outputs @ change @ inputs @ change.T).trace())
+
+
+def test_removed_neurons_lose_what_is_said() -> None:
+    down = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
+    inputs, outputs = random_moment(20, 1), random_moment(6, 2)
+    removal = removal_order(down, inputs, outputs, most=15)
+    assert len(set(removal.order.tolist())) == 15 and (removal.loss.diff() > -1e-9).all()
+    for count in (1, 5, 15):
+        kept = torch.tensor([index for index in range(20) if index not in removal.order[:count]])
+        new = torch.zeros(6, 20, dtype=torch.float64)
+        new[:, kept] = refit_kept(down, inputs, kept)
+        assert lost(new - down.double(), inputs, outputs) == pytest.approx(float(removal.loss[count]), rel=1e-4)
+        cut = torch.zeros(6, 20, dtype=torch.float64)
+        cut[:, kept] = down[:, kept].double()
+        assert lost(cut - down.double(), inputs, outputs) > 1.02 * float(removal.loss[count])
+    singles = []
+    for index in range(20):
+        kept = torch.tensor([other for other in range(20) if other != index])
+        new = torch.zeros(6, 20, dtype=torch.float64)
+        new[:, kept] = refit_kept(down, inputs, kept)
+        singles.append(lost(new - down.double(), inputs, outputs))
+    assert int(torch.tensor(singles).argmin()) == int(removal.order[0])
+
+
+# --- options and their allocation --------------------------------------------------------------------------------
+
+
+@everywhere
+def test_options_cost_and_lose_what_they_say(tmp_path: Path, family: str) -> None:
+    source, ids = opened(make_checkpoint(tmp_path, family)), some_ids(batch=6)
+    found = moments(Blocks(source.checkpoint, source.fitted), ids, gradients=True)
+    here = {matrix.role: matrix for matrix in matrices_of(source) if matrix.layer == 0}
+    weights = {str(role): read_matrix(source.checkpoint, matrix) for role, matrix in here.items()}
+    groups = group_options(weights, found, 0)
+    assert len(groups) == 3
+    for options in groups:
+        assert all(a.parameters < b.parameters and a.loss > b.loss for a, b in itertools.pairwise(options))
+        assert options[-1].loss == 0 and options[-1].parameters == sum(
+            weights[role].numel() for role in options[-1].make()
+        )
+        for option in options[:: max(1, len(options) // 12)]:
+            pieces = option.make()
+            made = Compressed({(0, role): piece for role, piece in pieces.items()})
+            assert made.parameters([here[role] for role in pieces]) == option.parameters
+            total = 0.0
+            for role, piece in pieces.items():
+                new, old = piece.weight().double(), weights[role].double()
+                inputs, outputs = found.inputs(0, role), found.outputs(0, role)
+                assert outputs is not None
+                outputs = outputs + DAMPING * outputs.diagonal().mean() * torch.eye(len(outputs))
+                if option.kept is not None and role == "down":
+                    wide = torch.zeros_like(old)
+                    wide[:, option.kept] = new
+                    new = wide
+                elif option.kept is not None:
+                    old, outputs = old[option.kept], outputs[option.kept][:, option.kept]
+                total += lost(new - old, inputs, outputs)
+            # the loss adds up what neurons and ranks lose one after the other, each measured in its own metric
+            assert total == pytest.approx(option.loss, rel=0.35 if option.kept is not None else 2e-3, abs=1e-7)
+
+
+def test_the_budget_is_kept_and_structure_helps(tmp_path: Path) -> None:
+    source, ids = opened(make_checkpoint(tmp_path, "llama")), some_ids(batch=8)
+    found = matrices_of(source)
+    total = sum(matrix.size for matrix in found)
+    before = float("inf")
+    for keep in (0.3, 0.5, 0.8):
+        made = start_globally(source.checkpoint, source.fitted, found, ids, budget=int(keep * total))
+        assert 0.97 * keep * total <= made.parameters(found) <= keep * total
+        assert made.loss < before
+        before = made.loss
+    assert len(made.pieces) == len(found)
+
+
+# --- refits ------------------------------------------------------------------------------------------------------
+
+
+def cut(source: Source, rank: int) -> Compressed:
+    """Every matrix at one rank by plain SVD: a poor start."""
+    return start_from(
+        source.checkpoint,
+        matrices_of(source),
+        lambda m: decompose(read_matrix(source.checkpoint, m)).factors(rank),
+        None,
+    )
+
+
+def divergence(source: Source, made: Compressed, ids: torch.Tensor) -> float:
+    """KL divergence of the compressed model's next tokens from the original's, in nats."""
+    blocks = Blocks(source.checkpoint, source.fitted)
+    for layer in range(blocks.layers):
+        install(made, blocks, source.fitted, matrices_of(source), layer)
+    return compare(Blocks(source.checkpoint, source.fitted).decoder, blocks.decoder, ids).kl
+
+
+@everywhere
+def test_each_refit_comes_closer(tmp_path: Path, family: str) -> None:
+    source, ids = opened(make_checkpoint(tmp_path, family)), some_ids(batch=24)
+    errors = []
+    for drift, steps in ((False, 0), (True, 0), (True, 40)):
+        made = cut(source, 6)
+        if drift:
+            refine(made, source.checkpoint, source.fitted, matrices_of(source), ids, drift=drift, steps=steps)
+        errors.append(divergence(source, made, ids))
+    assert errors[1] < 0.9 * errors[0]
+    assert errors[2] < 0.9 * errors[1]
+
+
+def test_a_refit_is_anchored_to_the_original(tmp_path: Path) -> None:
+    """The target is what the original wrote, not what its matrix makes of a changed input."""
+    source, ids = opened(make_checkpoint(tmp_path, "llama")), some_ids(batch=24)
+    made, found = cut(source, 6), matrices_of(source)
+    plain, now = Blocks(source.checkpoint, source.fitted), Blocks(source.checkpoint, source.fitted)
+    install(made, now, source.fitted, found, 0)
+    install(made, now, source.fitted, found, 1)
+    original, changed = streams(plain, ids), streams(now, ids)
+    matrix = next(m for m in found if m.layer == 1 and m.role == "up")
+    crossed = cross(plain, now, 1, ["gate", "up"], False, original[1], changed[1])
+    old, best = read_matrix(source.checkpoint, matrix).double(), crossed.refit("up")
+    target = crossed.targets["up"]
+
+    def error(weight: torch.Tensor) -> float:
+        return float((weight @ crossed.inputs @ weight.T).trace() - 2 * (weight @ target.T).trace())
+
+    assert error(best) < error(old)
+    nudged = best + 1e-2 * torch.randn(best.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert error(best) < error(nudged)
+    assert [role for stage, _ in STAGES for role in stage] == ["query", "key", "value", "output", "gate", "up", "down"]
+
+
+def test_tuning_moves_only_what_it_is_given(tmp_path: Path) -> None:
+    source, ids = opened(make_checkpoint(tmp_path, "llama")), some_ids(batch=16)
+    made, blocks = cut(source, 6), Blocks(source.checkpoint, source.fitted)
+    stream = streams(Blocks(source.checkpoint, source.fitted), ids)
+    for layer in range(3):
+        install(made, blocks, source.fitted, matrices_of(source), layer)
+    before = {slot: piece.weight().clone() for slot, piece in made.pieces.items()}
+    leaves = [leaf for (layer, _), piece in made.pieces.items() if layer == 1 for leaf in piece.leaves()]
+    losses = refine_block(blocks, 1, leaves, stream[1], stream[2], steps=60)
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    for (layer, role), piece in made.pieces.items():
+        assert torch.equal(piece.weight(), before[layer, role]) == (layer != 1)
+        assert not any(leaf.requires_grad for leaf in piece.leaves())
+    again = refine_block(blocks, 1, leaves, stream[1], stream[2], steps=60, rate=0.0)
+    assert max(again) < max(losses)
+
+
+def test_moments_hold_what_they_were_asked_for() -> None:
+    empty = Moments({}, {}, {}, 0)
+    assert empty.outputs(0, "query") is None
+    with pytest.raises(KeyError):
+        empty.inputs(0, "query")
+    assert Dense(torch.eye(2)).weight().equal(torch.eye(2))
+    assert torch.equal(Low(torch.ones(1, 3), torch.ones(2, 1)).weight(), torch.ones(2, 3))

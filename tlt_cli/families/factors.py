@@ -1,0 +1,258 @@
+"""Matrices stored as two factors, and layers with a narrower feed-forward: what config.json's "lowrank" says of them.
+
+A *slot* names one matrix: its module, with ".0", ".1", ... behind it where the module holds several fused. A slot of
+rank r is stored as `<slot>.lowrank_a.weight` [r, in] and `<slot>.lowrank_b.weight` [out, r], their product the matrix:
+its arrow `out <- in` is split into `out <- rank <- in`. A slot may use another one's `lowrank_a`. Where rows of the
+matrix are rows of `lowrank_a` themselves, `lowrank_b` lacks them and `<slot>.lowrank_rows` lists them, ascending.
+A fused module of which some part is factored is stored as its parts, the dense ones as `<slot>.weight` [out, in].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tlt_cli.axes import Arrow, Dim, dim_size
+from tlt_cli.checkpoint.strict_json import shortened
+from tlt_cli.errors import TltError, nearest
+from tlt_cli.families.place import Place, Shapes, match, roles_of
+from tlt_cli.families.table import Family
+
+KEY, DESCRIPTION, VERSION = "lowrank", "tlt_description", 1
+RIGHT, LEFT, ROWS = "lowrank_a", "lowrank_b", "lowrank_rows"
+KINDS = (RIGHT, LEFT, ROWS)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Ranks by slot; whose right factor a slot shares; which entries of its rank are rows as they are (from, to); the
+    size of the feed-forward in layers where it is not the model's. `architectures` are those of the dense model."""
+
+    ranks: Mapping[str, int]
+    shared: Mapping[str, str] = field(default_factory=dict)
+    pivoted: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    ffn: Mapping[int, int] = field(default_factory=dict)
+    architectures: tuple[str, ...] = ()
+
+    def data(self) -> dict[str, Any]:
+        """As config.json says it."""
+        named = {"architectures": list(self.architectures)} if self.architectures else {}
+        return {
+            "version": VERSION,
+            **named,
+            "ranks": dict(self.ranks),
+            "shared": dict(self.shared),
+            "pivoted": {slot: list(span) for slot, span in self.pivoted.items()},
+            "ffn": {str(layer): size for layer, size in self.ffn.items()},
+        }
+
+
+def read_lowrank(config: Mapping[str, Any] | None) -> LowRank | None:
+    """What config.json says, checked; None where it says nothing. Raises TltError naming the key."""
+    given = (config or {}).get(KEY)
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        raise TltError(f"config.json: {KEY} must be an object, not {shortened(given)}")
+    if given.get("version") != VERSION:
+        raise TltError(
+            f"config.json: {KEY} has the version {shortened(given.get('version'))}; this tlt reads version {VERSION}"
+        )
+
+    def entries(key: str) -> dict[str, Any]:
+        value = given.get(key, {})
+        if not isinstance(value, dict):
+            raise TltError(f"config.json: {KEY}.{key} must be an object, not {shortened(value)}")
+        return value
+
+    def whole(where: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise TltError(f"config.json: {KEY}.{where} must be a whole number of at least 1, not {shortened(value)}")
+        return value
+
+    ranks = {slot: whole(f"ranks.{slot}", rank) for slot, rank in entries("ranks").items()}
+    for key in ("shared", "pivoted"):
+        for slot in entries(key):
+            if slot not in ranks:
+                raise TltError(f"config.json: {KEY}.{key} names {slot}, which has no rank{nearest(slot, ranks)}")
+    shared = entries("shared")
+    for slot, owner in shared.items():
+        if owner not in ranks or owner in shared or ranks[owner] != ranks[slot]:
+            raise TltError(
+                f"config.json: {KEY}.shared.{slot} must name a slot of the same rank that has its {RIGHT} to itself, "
+                f"not {shortened(owner)}"
+            )
+    pivoted = {}
+    for slot, span in entries("pivoted").items():
+        numbers = isinstance(span, list) and len(span) == 2 and all(type(end) is int for end in span)
+        if not numbers or not 0 <= span[0] < span[1] <= ranks[slot]:
+            raise TltError(
+                f"config.json: {KEY}.pivoted.{slot} must be two ends within its rank {ranks[slot]}, such as "
+                f"[0, {ranks[slot]}], not {shortened(span)}"
+            )
+        pivoted[slot] = (span[0], span[1])
+    ffn = {}
+    for layer, size in entries("ffn").items():
+        if not layer.isascii() or not layer.isdigit() or str(int(layer)) != layer:
+            raise TltError(f"config.json: {KEY}.ffn must have the numbers of layers as its keys, not {layer!r}")
+        ffn[int(layer)] = whole(f"ffn.{layer}", size)
+    names = given.get("architectures", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TltError(f"config.json: {KEY}.architectures must be a list of names, not {shortened(names)}")
+    return LowRank(ranks, dict(shared), pivoted, ffn, tuple(names))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One matrix of a family, by its slot's name: the row that it belongs to, and where in it."""
+
+    name: str
+    pattern: str
+    layer: int | None
+    role: str
+    part: int | None
+    arrow: Arrow
+
+    @property
+    def module(self) -> str:
+        """The module's name as the file has it."""
+        return self.name if self.part is None else self.name.rpartition(".")[0]
+
+    def dims(self) -> tuple[Dim, Dim]:
+        """Outputs and inputs of this matrix alone; of a table of embeddings the stored rows and columns."""
+        outputs, inputs = (self.arrow.dims[index] for index in (self.arrow.outputs[0], self.arrow.inputs[0]))
+        if self.role in ("embedding", "positions") and self.arrow.sign == "->":
+            outputs, inputs = inputs, outputs
+        return (outputs if self.part is None else outputs[1:]), inputs
+
+
+def find_slot(table: Family, name: str) -> Slot:
+    """The matrix that a slot names. Raises TltError where the family has none of that name."""
+    module, _, last = name.rpartition(".")
+    candidates: list[tuple[str, int | None]] = [(name, None)]
+    if module and last.isascii() and last.isdigit():
+        candidates.append((module, int(last)))
+    for candidate, part in candidates:
+        row = match(table, f"{candidate}.weight")
+        if row is None or len(table.rows[row[0]].dims) != 2 or not table.rows[row[0]].sign:
+            continue
+        roles = roles_of(table, row[0])
+        if (part is None and len(roles) == 1) or (part is not None and 1 < len(roles) > part):
+            return Slot(name, row[0], row[1], roles[part or 0], part, table.rows[row[0]])
+    raise TltError(f"config.json: {KEY} names {name}, but the {table.name} table has no such matrix")
+
+
+def factor_places(table: Family, lowrank: LowRank) -> dict[str, Place]:
+    """The places of all tensors that factored slots are stored as, by name."""
+    found: dict[str, Place] = {}
+    for name in lowrank.ranks:
+        slot = find_slot(table, name)
+        outputs, inputs = slot.dims()
+        pivoted = name in lowrank.pivoted
+        arrows = {LEFT: Arrow((("rest",) if pivoted else outputs, ("rank",)), "<-", 1)}
+        if name not in lowrank.shared:
+            arrows = {RIGHT: Arrow((("rank",), inputs), "<-", 1), **arrows}
+        if pivoted:
+            arrows[ROWS] = Arrow((("kept",),), "", 1)
+        for kind, arrow in arrows.items():
+            tail = kind if kind == ROWS else f"{kind}.weight"
+            found[f"{name}.{tail}"] = _place(slot, f"{name}.{tail}", arrow, kind)
+        for part in range(len(roles_of(table, slot.pattern)) if slot.part is not None else 0):
+            peer = find_slot(table, f"{slot.module}.{part}")
+            if peer.name not in lowrank.ranks:
+                outputs, inputs = peer.dims()
+                weight = f"{peer.name}.weight"
+                found[weight] = _place(peer, weight, Arrow((outputs, inputs), "<-", 1), "weight")
+    return found
+
+
+def _place(slot: Slot, name: str, arrow: Arrow, kind: str) -> Place:
+    pattern = slot.pattern.removesuffix(".weight") + name.removeprefix(slot.module)
+    return Place(name, pattern, arrow, slot.layer, (slot.role,), kind, slot.name, slot.part)
+
+
+def check_complete(table: Family, shapes: Shapes, wanted: Mapping[str, Place]) -> None:
+    """Raises TltError naming the first factor that is missing, or in the file with no rank to it."""
+    for name, place in wanted.items():
+        if name not in shapes:
+            raise TltError(f"{name} is missing: config.json says that {place.slot} is factored or stored apart")
+        dense = f"{find_slot(table, place.slot or '').module}.weight"
+        if dense in shapes:
+            raise TltError(f"{dense} is in the file, but config.json says that {place.slot} is stored as factors")
+    for name in shapes:
+        if name not in wanted and is_factor(name):
+            raise TltError(f"{name} is in the file, but config.json's {KEY} has no such factor{nearest(name, wanted)}")
+
+
+def is_factor(name: str) -> bool:
+    """Whether a tensor's name is that of a factor."""
+    return any(name.endswith((f".{kind}.weight", f".{kind}")) for kind in KINDS)
+
+
+def own_sizes(sizes: Mapping[str, int], table: Family, lowrank: LowRank, place: Place) -> dict[str, int]:
+    """The sizes of the axes as they are for this tensor: its layer's feed-forward, its slot's rank."""
+    own = _in_layer(sizes, lowrank, place.layer)
+    if place.slot is not None and place.slot in lowrank.ranks:
+        own["rank"] = lowrank.ranks[place.slot]
+        if place.slot in lowrank.pivoted:
+            start, stop = lowrank.pivoted[place.slot]
+            outputs, _ = find_slot(table, place.slot).dims()
+            own["kept"] = stop - start
+            own["rest"] = dim_size(outputs, own) - own["kept"]
+    return own
+
+
+def _in_layer(sizes: Mapping[str, int], lowrank: LowRank, layer: int | None) -> dict[str, int]:
+    own = {} if layer is None or layer not in lowrank.ffn else {"ffn": lowrank.ffn[layer]}
+    return {**sizes, **own}
+
+
+def slot_shape(sizes: Mapping[str, int], table: Family, lowrank: LowRank, slot: Slot) -> tuple[int, int]:
+    """Rows and columns of a slot's matrix."""
+    own = _in_layer(sizes, lowrank, slot.layer)
+    outputs, inputs = slot.dims()
+    return dim_size(outputs, own), dim_size(inputs, own)
+
+
+def check_ranks(sizes: Mapping[str, int], table: Family, lowrank: LowRank) -> None:
+    """Raises TltError for ranks, pivots and layers that the matrices cannot have, before shapes are compared."""
+    for layer, size in lowrank.ffn.items():
+        if layer >= sizes["layer"] or size > sizes["ffn"]:
+            raise TltError(
+                f"config.json: {KEY}.ffn says {size} for layer {layer}; the model has {sizes['layer']} layers of "
+                f"{sizes['ffn']}"
+            )
+    for name, rank in lowrank.ranks.items():
+        slot = find_slot(table, name)
+        if slot.layer is not None and slot.layer >= sizes["layer"]:
+            raise TltError(f"config.json: {KEY} names {name}, but the model has {sizes['layer']} layers")
+        rows, columns = slot_shape(sizes, table, lowrank, slot)
+        start, stop = lowrank.pivoted.get(name, (0, 0))
+        if rank > columns or stop - start > rows or (stop and slot.layer is None):
+            raise TltError(
+                f"config.json: {KEY} gives {name} the rank {rank}"
+                + (f" with {stop - start} rows kept" if stop else "")
+                + f", but it is {rows} x {columns}"
+            )
+        owner = lowrank.shared.get(name)
+        if owner is not None:
+            width = slot_shape(sizes, table, lowrank, find_slot(table, owner))[1]
+            if width != columns:
+                raise TltError(f"config.json: {KEY}.shared.{name} reads {columns} entries, but {owner} reads {width}")
+
+
+def parameters_of(rows: int, columns: int, rank: int, kept: int = 0, *, shares: bool = False) -> int:
+    """Numbers that a factored matrix is stored as; the row numbers of pivots are not counted.
+
+    >>> parameters_of(100, 60, 10), parameters_of(100, 60, 10, kept=10)
+    (1600, 1500)
+    """
+    return math.prod((rows - kept, rank)) + (0 if shares else rank * columns)
+
+
+def refuse_factored(lowrank: LowRank | None, what: str) -> None:
+    """Raises TltError where a checkpoint holds factors and `what` needs plain matrices."""
+    if lowrank is not None:
+        raise TltError(f"this checkpoint holds low-rank factors; {what} needs plain matrices: `tlt fold SRC` first")

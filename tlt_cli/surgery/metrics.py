@@ -1,0 +1,175 @@
+"""What "closest" means: each method is a way of weighing the entries of W when it is cut down to a rank.
+
+- svd         all entries alike (Eckart and Young 1936)
+- activation  columns by the mean size of their input, to the power 1/2 (ASVD, arXiv:2312.05821)
+- whiten      inputs by their second moment: the output's own squared error (SVD-LLM's optimum, arXiv:2403.07378)
+- fisher      columns by their summed squared gradients (FWSVD, arXiv:2207.00112)
+- kfac        inputs and output gradients by their second moments: the loss to second order (K-FAC, arXiv:1503.05671)
+- weighted    every entry by its squared gradient: no closed form, expectation maximisation (Srebro and Jaakkola 2003)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from tlt_cli.errors import UsageError, nearest
+from tlt_cli.surgery.decompose import Decomposition, decompose
+
+METHODS = ("svd", "weighted", "fisher", "kfac", "activation", "whiten")
+_WITH_TEXT = METHODS[1:]
+_WITH_GRADIENTS = ("weighted", "fisher", "kfac")
+_MOST_STEPS = 50
+_SETTLED = 1e-4  # relative gain of a step below which another one is not worth its decomposition
+_FLOOR = 1e-6  # of the mean weight: rows without any are carried along instead of divided by zero
+
+
+class Factorization(Protocol):
+    """A matrix's factors at every rank, and what they lose. See `Decomposition`."""
+
+    @property
+    def singular(self) -> Tensor:
+        """Singular values in the metric [k], descending."""
+        ...
+
+    @property
+    def energy(self) -> float:
+        """The squared norm of the whole matrix in the metric."""
+        ...
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """(a [rank, n], b [m, rank]), W ~ b @ a."""
+        ...
+
+    def error(self, rank: int) -> float:
+        """The norm of what is lost, in the metric."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a text says of one matrix [m, n]: `inputs` E[x xT] [n, n], `absolute` E|x| [n], `outputs` E[g gT]
+    [m, m] of the gradients at its outputs, `importance` E[(g x)^2] [m, n] of those of its entries.
+
+    Without `importance` its Kronecker approximation stands for it: E[g^2] E[x^2].
+    """
+
+    inputs: Tensor | None = None
+    absolute: Tensor | None = None
+    outputs: Tensor | None = None
+    importance: Tensor | None = None
+
+
+def check_method(method: str) -> None:
+    """UsageError for a method that does not exist."""
+    if method not in METHODS:
+        raise UsageError(f"--method {method}: unknown{nearest(method, METHODS)}; expected one of {', '.join(METHODS)}")
+
+
+def needs_text(method: str) -> bool:
+    """Whether the method weighs by what a text shows."""
+    return method in _WITH_TEXT
+
+
+def needs_gradients(method: str) -> bool:
+    """Whether it weighs by the loss's gradients on that text."""
+    return method in _WITH_GRADIENTS
+
+
+def factorize(weight: Tensor, method: str, seen: Seen | None = None) -> Factorization:
+    """The factors of weight [m, n] by a method, at every rank. `seen` holds what the method weighs by."""
+    if method == "svd":
+        return decompose(weight)
+    assert seen is not None, f"{method} needs calibration"
+    if method == "activation":
+        assert seen.absolute is not None
+        return decompose(weight, inputs=seen.absolute)  # (|x|^1/2)^2: the scaling is the root of the weight
+    if method == "whiten":
+        assert seen.inputs is not None
+        return decompose(weight, inputs=seen.inputs)
+    if method == "kfac":
+        assert seen.inputs is not None and seen.outputs is not None
+        return decompose(weight, inputs=seen.inputs, outputs=seen.outputs)
+    if seen.importance is None:
+        assert seen.inputs is not None and seen.outputs is not None
+        columns, rows = _diagonal(seen.inputs), _diagonal(seen.outputs)
+        if method == "fisher":
+            return decompose(weight, inputs=columns * rows.sum())
+        return decompose(weight, inputs=columns, outputs=rows, damping=_FLOOR)
+    if method == "fisher":
+        return decompose(weight, inputs=seen.importance.sum(0))
+    return Weighted(weight.double(), seen.importance.double())
+
+
+def _diagonal(moment: Tensor) -> Tensor:
+    return moment if moment.dim() == 1 else moment.diagonal()
+
+
+@dataclass(eq=False)
+class Weighted:
+    """min sum_ij I_ij (W - b a)_ij^2 for weights I [m, n] of any rank: every rank is a search of its own.
+
+    It starts from the closed form for the weights' own marginals and then fills in, expectation maximisation: with
+    t = I / max I the next b a is the plain truncation of t W + (1 - t) b a, which never raises the loss. `singular`
+    are those of the start, scaled to the right energy.
+    """
+
+    weight: Tensor
+    importance: Tensor
+    start: Decomposition = field(init=False, repr=False)
+    _found: dict[int, tuple[Tensor, Tensor, float]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        total = self.importance.sum()
+        rows = self.importance.sum(1) / total.sqrt() if total > 0 else self.importance.sum(1)
+        columns = self.importance.sum(0) / total.sqrt() if total > 0 else self.importance.sum(0)
+        self.start = decompose(self.weight, inputs=columns, outputs=rows, damping=_FLOOR)
+
+    @property
+    def energy(self) -> float:
+        """The weighted squared norm of the whole matrix."""
+        return float((self.importance * self.weight**2).sum())
+
+    @property
+    def singular(self) -> Tensor:
+        """Singular values of the start [k]."""
+        return (
+            self.start.singular * math.sqrt(self.energy / self.start.energy)
+            if self.start.energy
+            else self.start.singular
+        )
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """(a [rank, n], b [m, rank])."""
+        return self._at(rank)[:2]
+
+    def error(self, rank: int) -> float:
+        """The root of the weighted squared error at this rank: measured, since nothing predicts it."""
+        return math.sqrt(self.energy) if rank == 0 else self._at(rank)[2]
+
+    def _at(self, rank: int) -> tuple[Tensor, Tensor, float]:
+        if rank not in self._found:
+            self._found[rank] = self._search(rank)
+        return self._found[rank]
+
+    def _search(self, rank: int) -> tuple[Tensor, Tensor, float]:
+        share = self.importance / self.importance.max().clamp_min(1e-300)
+        a, b = self.start.factors(rank)
+        loss = self._loss(a, b)
+        for _ in range(_MOST_STEPS):
+            filled = share * self.weight + (1 - share) * (b.double() @ a.double())
+            next_a, next_b = decompose(filled).factors(rank)
+            next_loss = self._loss(next_a, next_b)
+            if next_loss >= loss:  # rounding alone
+                break
+            settled = next_loss > (1 - _SETTLED) * loss
+            a, b, loss = next_a, next_b, next_loss
+            if settled:
+                break
+        return a, b, math.sqrt(loss)
+
+    def _loss(self, a: Tensor, b: Tensor) -> float:
+        return float((self.importance * (self.weight - b.double() @ a.double()) ** 2).sum())
