@@ -80,6 +80,25 @@ def test_every_way_there(quick: Path, refinement: str, options: list[str]) -> No
     assert any(name.endswith("lowrank_a.weight") for name in load_file(quick / "out" / "model.safetensors"))
 
 
+def test_a_bound_that_is_missed_writes_nothing(quick: Path) -> None:
+    make_checkpoint(quick / "model", "llama", vocab_size=256)
+    words = [
+        "factor",
+        str(quick / "model"),
+        "--calibration",
+        str(quick / "text.txt"),
+        "--context",
+        "48",
+        "--keep",
+        "0.5",
+    ]
+    words += ["--eval", str(quick / "text.txt"), "-q", "--json"]
+    result = CliRunner().invoke(app, [*words, "-o", str(quick / "bad"), "--max-perplexity", "2"])
+    assert result.exit_code == 1 and "--max-perplexity allows 2" in result.stderr and not (quick / "bad").exists()
+    result = CliRunner().invoke(app, [*words, "-o", str(quick / "good"), "--max-perplexity", "1e9"])
+    assert result.exit_code == 0 and json.loads(result.stdout)["verification"]["perplexity"] > 2
+
+
 def test_only_what_is_named_changes(quick: Path) -> None:
     make_checkpoint(quick / "model", "llama", vocab_size=256)
     report = factor(quick, "--keep", "0.5", "--only", "*.1.mlp.*", "--format", "dense", "-o", str(quick / "out"))

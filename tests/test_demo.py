@@ -49,7 +49,7 @@ def test_nothing_is_lost(kept: tuple[Path, dict[str, Any]]) -> None:
     folder, report = kept
     models = {model["model"]: model for model in report["models"]}
     assert report["kept"] is True and "nothing was lost" in report["verdict"]
-    assert [*models] == ["small", *METHODS, "random"]
+    assert [*models] == ["small", *METHODS, "factored", "random"]
     logits = stock_logits(folder / "small", some_ids(256))
     for method in METHODS:
         model, grown = models[method], stock_logits(folder / method, some_ids(256))
@@ -90,7 +90,7 @@ def test_what_it_prints() -> None:
     result = demo("--steps", 2)
     lines = [line.split("\t") for line in result.stdout.splitlines()]
     assert result.exit_code == 0 and {len(line) for line in lines} == {len(lines[0])}
-    assert [line[0] for line in lines] == ["model", "small", *METHODS, "random"]
+    assert [line[0] for line in lines] == ["model", "small", *METHODS, "factored", "random"]
     assert f"1 of {len(tour.STOPS)}: train a small model" in result.stderr
     assert "nothing was lost" in result.stderr and "One seed" in result.stderr
     assert demo("--steps", 2, "-q").stderr == ""

@@ -288,7 +288,9 @@ def test_the_plan_is_the_file_and_the_description_its_own(tmp_path: Path, family
     assert json.loads(json.dumps(description)) == description
     config = json.loads((folder / "config.json").read_text())
     assert {**config[DESCRIPTION], "lowrank": config["lowrank"]} == description
-    assert transformers.AutoConfig.from_pretrained(folder).model_type == made.source.fitted.family.model_type
+    assert (
+        config["model_type"] == "tlt" and config["lowrank"]["dense_model_type"] == made.source.fitted.family.model_type
+    )
     again = made.write(tmp_path / "again")
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
@@ -432,6 +434,7 @@ def test_row_numbers_that_are_none(tmp_path: Path, rows: list[int], stream: bool
         ("ffn", {"ffn": {"7": 40}}),
         ("ffn", {"ffn": {"one": 40}}),
         ("architectures", {"architectures": 7}),
+        ("dense_model_type", {"dense_model_type": ["llama"]}),
     ],
 )
 def test_wrong_configs_are_refused(tmp_path: Path, key: str, change: Any) -> None:

@@ -20,7 +20,16 @@ from tlt_cli.checkpoint.shards import is_single_file
 from tlt_cli.cli.calibrating import calibration_text
 from tlt_cli.cli.console import Output
 from tlt_cli.cli.execute import Outcome, Writing, carry_out, retyped
-from tlt_cli.cli.factoring import DENSE, Opened, Request, chosen_ranks, decomposed, factor_command
+from tlt_cli.cli.factoring import (
+    DENSE,
+    Opened,
+    Request,
+    chosen_ranks,
+    decomposed,
+    eval_text,
+    factor_command,
+    judge,
+)  # fmt: skip
 from tlt_cli.cli.growing import table_files
 from tlt_cli.errors import TltError
 from tlt_cli.families import Fit, fit
@@ -69,12 +78,17 @@ def compress_checkpoint(opened: Opened, request: Request, *, output: Path, kind:
         output=output, force=request.force, dry_run=request.dry_run, max_shard_size=request.max_shard_size,
         jobs=request.jobs,
     )  # fmt: skip
-    checked: Callable[[Path], Mapping[str, Any]] | None = None
-    if request.verify:
-        checked = lambda staged: _verified(opened, fitted, made, open_checkpoint(staged), ids[:2], plan)  # noqa: E731
+    text = eval_text(opened, request, out=out)
+
+    def check(staged: Path) -> dict[str, Any]:
+        output = open_checkpoint(staged)
+        found = _verified(opened, fitted, made, output, ids[:2], plan) if request.verify else {}
+        return found | judge(opened, request, text, output)
+
     return carry_out(
         plan, opened.checkpoint, out=out, writing=writing, command=factor_command(opened, request, kind, None),
-        changes=_changes(opened, made, plan, before), files=files, verify=checked,
+        changes=_changes(opened, made, plan, before), files=files,
+        verify=check if (request.verify or text is not None) and not request.dry_run else None,
     )  # fmt: skip
 
 

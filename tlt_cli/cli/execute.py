@@ -163,9 +163,12 @@ def _table(
     before = sum(info.nbytes for info in checkpoint.tensors.values())
     after = sum(tensor_bytes(tensor.dtype, tensor.shape) for tensor in plan.tensors if tensor.file is None)
     rows: list[Sequence[str]] = [*changes, ("bytes of tensors", f"{before:,}", f"{after:,}")]
-    if verification is not None and "error" in verification:
+    verification = verification or {}
+    if "error" in verification:
         rows.append(("relative error of the matrices", "", f"{verification['error']:.4g}"))
-    elif verification is not None:
+    if "perplexity" in verification:
+        rows.append(("perplexity", "", f"{verification['perplexity']:.6g}"))
+    if "kl" in verification:
         rows.append(("max |Δlogit| / deviation", "", f"{verification['relative']:.1e}"))
         rows.append(("KL, nats per token", "", f"{verification['kl']:.1e}"))
         if verification.get("written") is not None:

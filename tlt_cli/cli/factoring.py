@@ -18,11 +18,15 @@ from tlt_cli.checkpoint.writer import check_target
 from tlt_cli.cli.console import Output
 from tlt_cli.cli.execute import Outcome, Writing, carry_out, derived_output, retyped
 from tlt_cli.cli.growing import table_files
-from tlt_cli.cli.opening import opened_if_known, parse_dtype
+from tlt_cli.cli.measuring import USUAL_CONTEXT, positions, windows_at_once
+from tlt_cli.cli.opening import load_decoder, opened_if_known, parse_dtype, tokenizer_for
 from tlt_cli.errors import TltError, UsageError, nearest
-from tlt_cli.families import Fit
+from tlt_cli.families import Fit, fit
 from tlt_cli.families.factors import refuse_factored
+from tlt_cli.model.decoder import Decoder
 from tlt_cli.model.modeling import AUTO_MAP, MODELING, modeling_source
+from tlt_cli.model.perplexity import perplexity
+from tlt_cli.model.text import Tokens, load_tokens
 from tlt_cli.surgery.factor import (
     ALLOCATIONS,
     GLOBAL,
@@ -227,6 +231,25 @@ def factor_checkpoint(source: str, request: Request, *, plot: Path | None = None
     return write_ranks(opened, request, ranks, made, output=output, kind=kind, out=out)
 
 
+def eval_text(opened: Opened, request: Request, *, out: Output) -> Tokens | None:
+    """The text to judge by, where one is wanted; it takes a family, for a model must run."""
+    if not request.eval and request.max_perplexity is None:
+        return None
+    if opened.fitted is None:
+        raise TltError(f"{opened.checkpoint.source}: no family fits, so nothing can run it; --eval needs one")
+    tokenizer = tokenizer_for(opened.checkpoint, opened.fitted.sizes["vocab"], request.tokenizer)
+    tokens = load_tokens(tokenizer, request.eval)
+    for note in tokens.notes:
+        out.note(note)
+    return tokens
+
+
+def read_with(decoder: Decoder, fitted: Fit, text: Tokens, request: Request) -> dict[str, Any]:
+    """{perplexity, nll, tokens} of the text."""
+    context = request.context or min(USUAL_CONTEXT, positions(fitted))
+    return perplexity(decoder, text.ids, context, windows_at_once(fitted, context))
+
+
 def write_ranks(
     opened: Opened,
     request: Request,
@@ -237,8 +260,12 @@ def write_ranks(
     kind: str | None,
     out: Output,
     size: tuple[str, Any] | None = None,
+    judged: bool = True,
 ) -> Outcome:
-    """Plan and write the checkpoint at these ranks. `size` is the option that gives them where the request has none."""
+    """Plan and write the checkpoint at these ranks. `size` is the option that gives them where the request has none.
+
+    With `judged` the output reads the request's text, where it has one, before it takes its name.
+    """
     check_some(ranks)
     by_matrix = {matrix: ranks.factored[matrix.name] for matrix in opened.found if matrix.name in ranks.factored}
     plan = retyped(_plan(opened, request, ranks, by_matrix, made), kind)
@@ -249,9 +276,10 @@ def write_ranks(
     files = table_files(opened.checkpoint, request.family, output, out)
     if plan.config.get("auto_map") == AUTO_MAP and not is_single_file(output):
         files[MODELING] = modeling_source()
+    text = eval_text(opened, request, out=out) if judged else None
     checked = None
-    if request.verify:
-        checked = lambda staged: _verified(by_matrix, made, opened.checkpoint, open_checkpoint(staged), request)  # noqa: E731
+    if (request.verify or text is not None) and not request.dry_run:
+        checked = lambda staged: _checked(opened, request, by_matrix, made, text, open_checkpoint(staged))  # noqa: E731
     return carry_out(
         plan, opened.checkpoint, out=out, writing=writing, command=factor_command(opened, request, kind, size),
         changes=_changes(opened, ranks, plan), files=files, verify=checked,
@@ -321,6 +349,35 @@ def _changes(opened: Opened, ranks: Ranks, plan: Plan) -> list[tuple[str, str, s
     ]
 
 
+def _checked(
+    opened: Opened,
+    request: Request,
+    by_matrix: Mapping[Matrix, int],
+    made: Factorizations,
+    text: Tokens | None,
+    staged: Checkpoint,
+) -> dict[str, Any]:
+    """What is known of the output before it takes its name. TltError where it is not as it should be."""
+    found = _verified(by_matrix, made, opened.checkpoint, staged, request) if request.verify else {}
+    return found | judge(opened, request, text, staged)
+
+
+def judge(opened: Opened, request: Request, text: Tokens | None, staged: Checkpoint) -> dict[str, Any]:
+    """How well the output reads the text; nothing without one. TltError beyond the request's bound."""
+    found: dict[str, Any] = {}
+    if text is not None:
+        assert opened.fitted is not None
+        written = fit({name: info.shape for name, info in staged.tensors.items()}, staged.config, family=request.family)
+        read = read_with(load_decoder(staged, written, device=request.device), opened.fitted, text, request)
+        found |= {**read, "corpus": text.info["source"], "corpus_sha256": text.info["sha256"]}
+        if request.max_perplexity is not None and read["perplexity"] > request.max_perplexity:
+            raise TltError(
+                f"the perplexity is {read['perplexity']:.6g}, and --max-perplexity allows {request.max_perplexity:g}; "
+                "nothing was written"
+            )
+    return found
+
+
 def _verified(
     by_matrix: Mapping[Matrix, int],
     made: Factorizations,
@@ -353,7 +410,7 @@ def _verified(
         errors[matrix.name] = error / norm if norm else 0.0
         if request.weighing == "svd":
             expected = math.sqrt(float(made.losses(matrix)[rank]))
-            if abs(error - expected) > 1e-4 * expected + 16 * precision * norm:
+            if abs(error - expected) > 1e-5 * expected + 16 * precision * norm:
                 raise TltError(
                     f"verification failed: {matrix.name} at rank {rank} is off by {error:.4e}, and its spectrum says "
                     f"{expected:.4e}; nothing was written; report it, with the command"

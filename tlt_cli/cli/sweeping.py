@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Any
 from tlt_cli.checkpoint.writer import check_target
 from tlt_cli.cli.console import Cell, Output, Table
 from tlt_cli.cli.execute import Outcome
-from tlt_cli.cli.factoring import Opened, Request, decompose_all, decomposed, opened_matrices, write_ranks
-from tlt_cli.cli.opening import load_decoder, parse_dtype, tokenizer_for
+from tlt_cli.cli.factoring import (
+    Opened,
+    Request,
+    decompose_all,
+    decomposed,
+    eval_text,
+    opened_matrices,
+    read_with,
+    write_ranks,
+)  # fmt: skip
+from tlt_cli.cli.opening import load_decoder, parse_dtype
 from tlt_cli.cli.plotting import check_plot, drawn, save_plot
 from tlt_cli.errors import TltError, UsageError
 from tlt_cli.surgery.factor import ranks_at
@@ -70,7 +79,7 @@ def sweep_checkpoint(source: str, request: Request, *, ranks: str | None, plot: 
         if request.max_perplexity is None:
             raise UsageError("a sweep writes no model; say with --max-perplexity which of its models to write")
         check_target(request.output, opened.checkpoint, force=request.force)
-    text = _text(opened, request, out)
+    text = eval_text(opened, request, out=out)
     made = decomposed(opened, request, out=out)
     decompose_all(opened.found, made, out=out)
     errors = {matrix.name: made.losses(matrix) for matrix in opened.found}
@@ -85,7 +94,15 @@ def sweep_checkpoint(source: str, request: Request, *, ranks: str | None, plot: 
         if request.output is not None and picked.rank is not None:
             chosen = ranks_at(opened.found, picked.rank)
             written = write_ranks(
-                opened, request, chosen, made, output=request.output, kind=kind, out=out, size=("rank", picked.rank)
+                opened,
+                request,
+                chosen,
+                made,
+                output=request.output,
+                kind=kind,
+                out=out,
+                size=("rank", picked.rank),
+                judged=False,
             )
             report |= {"path": written.report["path"], "written": written.report}
     label = "error" if read is None else "perplexity"
@@ -107,21 +124,6 @@ def _parsed(ranks: str) -> list[int]:
         raise UsageError(f"--ranks {ranks}: expected whole numbers between commas, such as 8,16,32") from None
 
 
-def _text(opened: Opened, request: Request, out: Output) -> Tokens | None:
-    """The text to read at every rank, where one is wanted; it takes a family, for a model must run."""
-    if not request.eval and request.max_perplexity is None:
-        return None
-    from tlt_cli.model.text import load_tokens
-
-    if opened.fitted is None:
-        raise TltError(f"{opened.checkpoint.source}: no family fits, so nothing can run it; --eval needs one")
-    tokenizer = tokenizer_for(opened.checkpoint, opened.fitted.sizes["vocab"], request.tokenizer)
-    tokens = load_tokens(tokenizer, request.eval)
-    for note in tokens.notes:
-        out.note(note)
-    return tokens
-
-
 def _read(
     opened: Opened, request: Request, made: Factorizations, points: Sequence[Point], text: Tokens, *, out: Output
 ) -> list[dict[str, Any]]:
@@ -129,15 +131,11 @@ def _read(
     directions that came in between."""
     import torch
 
-    from tlt_cli.cli.measuring import USUAL_CONTEXT, positions, windows_at_once
-    from tlt_cli.model.perplexity import perplexity
     from tlt_cli.surgery.matrices import part_of, put
 
     assert opened.fitted is not None
     decoder = load_decoder(opened.checkpoint, opened.fitted, device=request.device)
     parameters = {name: parameter.data for name, parameter in decoder.named_parameters()}
-    context = request.context or min(USUAL_CONTEXT, positions(opened.fitted))
-    batch = windows_at_once(opened.fitted, context)
     whole = {matrix.name: part_of(parameters[matrix.tensor], matrix).clone() for matrix in opened.found}
     products = {m.name: torch.zeros(m.rows, m.columns, device=decoder.device) for m in opened.found}
     found, before = [], 0
@@ -153,7 +151,7 @@ def _read(
                 product = products[matrix.name]
                 product += grown.to(product) if made.nested else grown.to(product) - product
                 put(target, matrix, product)
-            found.append(perplexity(decoder, text.ids, context, batch))
+            found.append(read_with(decoder, opened.fitted, text, request))
             before = point.rank or 0
             progress(index + 1, len(points))
     return found

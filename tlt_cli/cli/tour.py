@@ -20,6 +20,7 @@ import tlt_cli
 from tlt_cli.checkpoint.reader import open_checkpoint
 from tlt_cli.cli.console import Output, Table
 from tlt_cli.cli.description import describe
+from tlt_cli.cli.factoring import Request, factor_checkpoint
 from tlt_cli.cli.measuring import measure, prepare
 from tlt_cli.cli.opening import opened
 from tlt_cli.errors import TltError
@@ -38,7 +39,8 @@ CONFIG: dict[str, Any] = json.loads(Path(__file__).with_name("demo.json").read_t
 PROMPT, WRITTEN = "The ", 60
 CONTEXT = CONFIG["max_position_embeddings"]
 TO_DIM = 2 * CONFIG["hidden_size"]
-SMALL, RANDOM = "small", "random"
+SMALL, RANDOM, FACTORED = "small", "random", "factored"
+KEEP, CALIBRATION = 0.6, 1 << 16  # of the linear layers' parameters; bytes of text to fit to
 GROWN = Recipe().method  # grown models are called by their methods; this one is trained on
 
 
@@ -121,6 +123,17 @@ def _grow(tour: Tour) -> None:
         tour.out.detail(f"{report['command']}: logits within {report['verification']['relative']:.1e} deviations")
 
 
+def _factor(tour: Tour) -> None:
+    text = tour.folder / "calibration.txt"
+    text.write_bytes(bytes(tour.trained_on[:CALIBRATION].tolist()))
+    request = Request(keep=KEEP, calibration=[text], context=CONTEXT, output=tour.path(FACTORED), seed=tour.seed)
+    with tour.out.progress("fitting factors") as progress:
+        progress(0, 1)
+        report = factor_checkpoint(str(tour.path(SMALL)), request, out=Output(quiet=True)).report
+    tour.models[FACTORED] = {"command": report["command"], "keep": report["keep"]}
+    tour.out.detail(f"{report['command']}: {report['keep']:.1%} of the linear layers' parameters")
+
+
 def _inspect(tour: Tour) -> None:
     for name, model in tour.models.items():
         checkpoint, fitted = opened(str(tour.path(name)), out=Output(quiet=True))
@@ -171,6 +184,7 @@ def _control(tour: Tour) -> None:
 STOPS: tuple[tuple[str, Callable[[Tour], None]], ...] = (
     (f"train a small model on {BUILT_IN}", _make),
     (f"tlt grow small --to-dim {TO_DIM}, by every method", _grow),
+    (f"tlt factor small --keep {KEEP}, fitted to the text it was trained on", _factor),
     ("tlt inspect: what is in them", _inspect),
     ("tlt eval: perplexity of all of them", _evaluate),
     ("tlt generate: how two of them go on", _generate),
@@ -242,7 +256,8 @@ def _verdict(tour: Tour, kept: bool) -> str:
     }
     cost = {name: f"{tour.models[name]['flops'] / 1e9:,.0f}" for name in ended}
     return (
-        f"{lost}: perplexity {before} before growing, {after} after. It trains on: held-out loss {grown['loss']:.3f} "
+        f"{lost}: perplexity {before} before growing, {after} after; {tour.models[FACTORED]['perplexity']:.4f} with "
+        f"{KEEP:.0%} of the linear layers' parameters. It trains on: held-out loss {grown['loss']:.3f} "
         f"nats per byte, {ended[GROWN]} after {tour.steps} more steps; the small model {ended[SMALL]} after as many; "
         f"a random model of the large size {ended[RANDOM]} after {2 * tour.steps}. That took {cost[GROWN]}, "
         f"{cost[SMALL]} and {cost[RANDOM]} GFLOP of training in all. One seed and a short run: this shows that the "

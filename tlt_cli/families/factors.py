@@ -21,6 +21,7 @@ from tlt_cli.families.place import Place, Shapes, match, roles_of
 from tlt_cli.families.table import Family
 
 KEY, DESCRIPTION, VERSION = "lowrank", "tlt_description", 1
+MODEL_TYPE = "tlt"  # no type that transformers knows: it must refuse, not take the file for the dense model
 RIGHT, LEFT, ROWS = "lowrank_a", "lowrank_b", "lowrank_rows"
 KINDS = (RIGHT, LEFT, ROWS)
 
@@ -28,20 +29,25 @@ KINDS = (RIGHT, LEFT, ROWS)
 @dataclass(frozen=True)
 class LowRank:
     """Ranks by slot; whose right factor a slot shares; which entries of its rank are rows as they are (from, to); the
-    size of the feed-forward in layers where it is not the model's. `architectures` are those of the dense model."""
+    size of the feed-forward in layers where it is not the model's. `architectures` and `model_type` are those of the
+    dense model, where its config.json says them."""
 
     ranks: Mapping[str, int]
     shared: Mapping[str, str] = field(default_factory=dict)
     pivoted: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     ffn: Mapping[int, int] = field(default_factory=dict)
     architectures: tuple[str, ...] = ()
+    model_type: str | None = None
 
     def data(self) -> dict[str, Any]:
         """As config.json says it."""
         named = {"architectures": list(self.architectures)} if self.architectures else {}
+        # Not "model_type": transformers takes an object with that key for the whole config of such a model.
+        typed = {} if self.model_type is None else {"dense_model_type": self.model_type}
         return {
             "version": VERSION,
             **named,
+            **typed,
             "ranks": dict(self.ranks),
             "shared": dict(self.shared),
             "pivoted": {slot: list(span) for slot, span in self.pivoted.items()},
@@ -101,7 +107,24 @@ def read_lowrank(config: Mapping[str, Any] | None) -> LowRank | None:
     names = given.get("architectures", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise TltError(f"config.json: {KEY}.architectures must be a list of names, not {shortened(names)}")
-    return LowRank(ranks, dict(shared), pivoted, ffn, tuple(names))
+    model_type = given.get("dense_model_type")
+    if model_type is not None and not isinstance(model_type, str):
+        raise TltError(f"config.json: {KEY}.dense_model_type must be a name, not {shortened(model_type)}")
+    return LowRank(ranks, dict(shared), pivoted, ffn, tuple(names), model_type)
+
+
+def dense_config(config: Mapping[str, Any], lowrank: LowRank) -> dict[str, Any]:
+    """The config with the dense model's own architectures and model_type, and nothing said of factors or code.
+
+    >>> dense_config({"model_type": "tlt", "vocab_size": 9, "lowrank": {}}, LowRank({}, model_type="llama"))
+    {'model_type': 'llama', 'vocab_size': 9}
+    """
+    own: dict[str, Any] = {"architectures": list(lowrank.architectures) or None}
+    if config.get("model_type") == MODEL_TYPE:
+        own["model_type"] = lowrank.model_type
+    whole = {**config, **own}
+    gone = {KEY, DESCRIPTION, "auto_map", *(key for key, value in own.items() if value is None)}
+    return {key: value for key, value in whole.items() if key not in gone}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from tlt_cli.families.factors import (
     LowRank,
     check_complete,
     check_ranks,
+    dense_config,
     factor_places,
     find_slot,
     own_sizes,
@@ -90,7 +91,7 @@ def fit(
         table, notes = choose(shapes, config, family)
         apart = {}
     else:  # its own architecture is that of the code it ships; the table is the dense model's
-        table, notes = choose(shapes, {**(config or {}), "architectures": list(lowrank.architectures)}, family)
+        table, notes = choose(shapes, dense_config(config or {}, lowrank), family)
         apart = factor_places(table, lowrank)
         check_complete(table, shapes, apart)
     places, buffers = place(shapes, table, apart)

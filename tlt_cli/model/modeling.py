@@ -9,10 +9,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tlt_cli.families.factors import DESCRIPTION, KEY, MODEL_TYPE
+
 MODELING = "modeling_tlt.py"
 ARCHITECTURE = "TltForCausalLM"
-AUTO_MAP = {"AutoModel": "modeling_tlt.TltModel", "AutoModelForCausalLM": f"modeling_tlt.{ARCHITECTURE}"}
-DESCRIPTION = "tlt_description"
+AUTO_MAP = {
+    "AutoConfig": "modeling_tlt.TltConfig",
+    "AutoModel": "modeling_tlt.TltModel",
+    "AutoModelForCausalLM": f"modeling_tlt.{ARCHITECTURE}",
+}
 
 _HEAD = '''"""A model that tlt made and no class of transformers describes. Load it with trust_remote_code=True.
 
@@ -44,6 +49,7 @@ def modeling_source() -> bytes:
 
 
 def shipped(config: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
-    """The config with which transformers finds the file and the model's description in it."""
-    plain = {key: value for key, value in description.items() if key != "lowrank"}
-    return {**config, "architectures": [ARCHITECTURE], "auto_map": AUTO_MAP, DESCRIPTION: plain}
+    """The config with which transformers finds the file, and without the file refuses the model."""
+    plain = {key: value for key, value in description.items() if key != KEY}
+    own = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, "auto_map": AUTO_MAP, DESCRIPTION: plain}
+    return {**config, **own}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache as States
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -18,6 +18,53 @@ from tlt_cli.model.decoder import Cache, Decoder
 
 # Releases call the cache by two names, as an argument and in what a model returns.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+# Releases of transformers rewrite these keys or drop them; the file's stay as they are.
+_AS_GIVEN = ("rope_parameters", "rope_scaling", "rope_theta", "use_cache")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SIZES = {
+    "vocab_size": "vocab",
+    "hidden_size": "hidden",
+    "intermediate_size": "ffn",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "positions",
+    "tie_word_embeddings": "tied",
+}
+
+
+class TltConfig(PretrainedConfig):
+    """config.json with every key as the dense model's family spells it; what others ask for is in the description."""
+
+    model_type = "tlt"
+    rope_scaling = None  # in place of a property that converts what it is given
+
+    def __init__(self, **given: Any) -> None:
+        kept = {key: given.pop(key) for key in _AS_GIVEN if key in given}
+        super().__init__(**given)
+        for key, value in kept.items():
+            setattr(self, key, value)
+        family = given.get("lowrank", {}).get("dense_model_type")
+        defaults = CONFIG_MAPPING[family]() if family in CONFIG_MAPPING else None
+        for key in _TOKENS:  # it ends where the dense model ends
+            if key not in given:
+                setattr(self, key, getattr(defaults, key, None))
+
+    def __getattr__(self, key: str) -> Any:
+        """Only for keys that config.json lacks. Caches look for layer_types before they look at sliding_window."""
+        description = self.__dict__.get("tlt_description")
+        if description is not None:
+            if key == "use_cache":
+                return True
+            if key == "layer_types":
+                return ["full_attention" if window is None else "sliding_attention" for window in description["window"]]
+            if key == "sliding_window":
+                return next((window for window in description["window"] if window is not None), None)
+            if key in _SIZES and description[_SIZES[key]] is not None:
+                return description[_SIZES[key]]
+        raise AttributeError(f"{type(self).__name__} has no {key}")
 
 
 class Seen(Cache):
@@ -37,6 +84,7 @@ class Seen(Cache):
 class TltPreTrainedModel(PreTrainedModel):
     """A decoder whose modules are this model's own, so that tensors are named as in the file."""
 
+    config_class = TltConfig
     decoder: Decoder
     base_model_prefix = ""
     _supports_sdpa = True

@@ -10,8 +10,9 @@ U is an orthonormal basis of W~ H^1/2 V, with V the eigenvectors of the n x n si
 takes no inverse either; with both, G is damped and inverted.
 
 W~ = U (UT W~) whatever U, so the energy in H of the rows of `a` that are left out is what the factors lose: `error` is
-what these very factors have, not an eigenvalue's idea of it. The eigenvalues of a Gram matrix are off by eps s1^2, but
-a row's own energy only by (eps s1)^2, so large plain matrices can go through float32.
+what these very factors have, not an eigenvalue's idea of it. The directions themselves are the best only as far as the
+Gram matrix resolves them, down to s1 times the root of the precision: large plain matrices go through float32, and
+again through float64 where values that small come before break-even.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from tlt_cli.errors import TltError
 DAMPING = 0.05  # of G's mean diagonal; insensitive between 0.005 and 0.3
 _RIDGE = 1e-12  # of H's mean diagonal: orders the directions that no input reached, far below what the metric sees
 _SMALL = 1024  # a side up to which float64 costs nothing that anyone would notice
+_RESOLVED = 1e-5  # of the largest energy: what a Gram matrix in float32 tells apart from its rounding
+_UNSEEN = 1e-14  # of the largest energy in a metric: what is less is rounding, and keeps the ridge's order
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +62,7 @@ def decompose(
     `inputs` is H = E[x xT] [n, n] or its diagonal [n], `outputs` is G = E[g gT] [m, m] or its diagonal [m]; None is the
     identity. H may be singular: directions without any weight come last, in the order of plain SVD. Given both, G is
     damped by `damping` times its mean diagonal, and so is it in `error`. The arithmetic is float64 wherever there is a
-    metric; plain, it is float32 for sides above 1024.
+    metric or a side is no more than 1024.
     """
     assert weight.dim() == 2
     rows, columns = weight.shape
@@ -70,7 +73,7 @@ def decompose(
         left, right = left.T, right.T
     else:
         left, right, squares = _solve(weight, inputs, outputs, damping)
-    squares, order = squares.clamp_min(0).sort(descending=True, stable=True)
+    squares, order = squares.sort(descending=True, stable=True)
     tails = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)]).sqrt()
     return Decomposition(
         squares.sqrt(), float(squares.sum()), left[:, order].float(), right[order].float().contiguous(), tails
@@ -81,8 +84,18 @@ def _solve(
     weight: Tensor, inputs: Tensor | None, outputs: Tensor | None, damping: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(b [m, k], a [k, n], the energy of each row of `a` [k] in float64), leading first or nearly so."""
-    plain = inputs is None and outputs is None
-    wide = weight.to(torch.float32 if plain and min(weight.shape) > _SMALL else torch.float64)
+    if inputs is None and outputs is None and min(weight.shape) > _SMALL:
+        found = _solve_in(torch.float32, weight, None, None, damping)
+        used = weight.numel() // sum(weight.shape)
+        if found[2][used] > _RESOLVED * found[2][0]:
+            return found
+    return _solve_in(torch.float64, weight, inputs, outputs, damping)
+
+
+def _solve_in(
+    dtype: torch.dtype, weight: Tensor, inputs: Tensor | None, outputs: Tensor | None, damping: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = weight.to(dtype)
     scale = wide.abs().max()  # so that no square overflows or underflows, in either precision
     if scale == 0:
         scale = torch.ones_like(scale)
@@ -95,6 +108,8 @@ def _solve(
     basis = _basis(wide, moment, ridge)
     right = basis.T @ wide
     squares = (_times(right, moment) * right).sum(1, dtype=torch.float64)
+    if moment is not None:
+        squares = squares.where(squares > _UNSEEN * squares.max(), 0.0)
     left = basis
     if unweight is not None:
         left = unweight[:, None] * basis if unweight.dim() == 1 else unweight @ basis

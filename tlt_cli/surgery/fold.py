@@ -17,7 +17,7 @@ from tlt_cli.axes import shape
 from tlt_cli.checkpoint.planned import PlannedTensor, Tensors
 from tlt_cli.errors import TltError
 from tlt_cli.families import Fit, Place
-from tlt_cli.families.factors import DESCRIPTION, KEY, LEFT, RIGHT, ROWS, LowRank, Slot, find_slot, slot_shape
+from tlt_cli.families.factors import LEFT, RIGHT, ROWS, LowRank, Slot, dense_config, find_slot, slot_shape
 from tlt_cli.families.place import roles_of
 from tlt_cli.families.sizes import edit_config
 from tlt_cli.surgery.plan import Plan
@@ -62,10 +62,7 @@ def fold(fitted: Fit, dtypes: Mapping[str, str]) -> Plan:
 
 def _plain(fitted: Fit, lowrank: LowRank) -> tuple[dict[str, Any], dict[str, int]]:
     """config.json of the dense model, and its sizes."""
-    gone = {KEY, DESCRIPTION, "auto_map", *(() if lowrank.architectures else ("architectures",))}
-    config = {key: value for key, value in fitted.config.items() if key not in gone}
-    if lowrank.architectures:
-        config["architectures"] = list(lowrank.architectures)
+    config = dense_config(fitted.config, lowrank)
     widest = max(lowrank.ffn.get(layer, fitted.sizes["ffn"]) for layer in range(fitted.sizes["layer"]))
     sizes = {**fitted.sizes, "ffn": widest}
     try:

@@ -80,6 +80,7 @@ def factored_plan(
         shared={one.matrix.name: one.shared_with for one in factored if one.shared_with is not None},
         ffn={layer: len(neurons) for layer, neurons in kept.items()},
         architectures=tuple(architectures),
+        model_type=fitted.config.get("model_type"),
     )
     store = _Store(fitted, lowrank, factored, factors)
     lowrank = replace(lowrank, pivoted=store.spans)

@@ -22,7 +22,7 @@ from tlt_cli.surgery.decompose import Decomposition, decompose
 METHODS = ("svd", "weighted", "fisher", "kfac", "activation", "whiten")
 _WITH_TEXT = METHODS[1:]
 _WITH_GRADIENTS = ("weighted", "fisher", "kfac")
-_MOST_STEPS = 50
+_MOST_STEPS = 200
 _SETTLED = 1e-4  # relative gain of a step below which another one is not worth its decomposition
 _FLOOR = 1e-6  # of the mean weight: rows without any are carried along instead of divided by zero
 
@@ -112,21 +112,23 @@ def _diagonal(moment: Tensor) -> Tensor:
 class Weighted:
     """min sum_ij I_ij (W - b a)_ij^2 for weights I [m, n] of any rank: every rank is a search of its own.
 
-    It starts from the closed form for the weights' own marginals and then fills in, expectation maximisation: with
-    t = I / max I the next b a is the plain truncation of t W + (1 - t) b a, which never raises the loss. `singular`
-    are those of the start, scaled to the right energy.
+    Where I = r cT this is a plain truncation of diag(r)^1/2 W diag(c)^1/2. With r and c the sums of rows and columns of
+    I that is where the search starts, and in these coordinates, where the weights t that are left are flat, it fills
+    in: the next b a is the truncation of t W + (1 - t) b a, t at most 1, which never raises the loss. Steps are
+    carried on as far as that pays. `singular` are those of the start, scaled to the right energy.
     """
 
     weight: Tensor
     importance: Tensor
     start: Decomposition = field(init=False, repr=False)
+    _rows: Tensor = field(init=False, repr=False)
+    _columns: Tensor = field(init=False, repr=False)
     _found: dict[int, tuple[Tensor, Tensor, float]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        total = self.importance.sum()
-        rows = self.importance.sum(1) / total.sqrt() if total > 0 else self.importance.sum(1)
-        columns = self.importance.sum(0) / total.sqrt() if total > 0 else self.importance.sum(0)
-        self.start = decompose(self.weight, inputs=columns, outputs=rows, damping=_FLOOR)
+        root = float(self.importance.sum()) ** 0.5 or 1.0
+        self._rows, self._columns = (_floored(self.importance.sum(dim) / root).sqrt() for dim in (1, 0))
+        self.start = decompose(self._scaled(self.weight))
 
     @property
     def energy(self) -> float:
@@ -136,11 +138,7 @@ class Weighted:
     @property
     def singular(self) -> Tensor:
         """Singular values of the start [k]."""
-        return (
-            self.start.singular * math.sqrt(self.energy / self.start.energy)
-            if self.start.energy
-            else self.start.singular
-        )
+        return self.start.singular * math.sqrt(self.energy / (self.start.energy or 1.0))
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """(a [rank, n], b [m, rank])."""
@@ -150,26 +148,46 @@ class Weighted:
         """The root of the weighted squared error at this rank: measured, since nothing predicts it."""
         return math.sqrt(self.energy) if rank == 0 else self._at(rank)[2]
 
+    def _scaled(self, matrix: Tensor) -> Tensor:
+        return self._rows[:, None] * matrix * self._columns
+
     def _at(self, rank: int) -> tuple[Tensor, Tensor, float]:
         if rank not in self._found:
-            self._found[rank] = self._search(rank)
+            a, b = (factor.double() for factor in self._search(rank))
+            a, b = (a / self._columns).float(), (b / self._rows[:, None]).float()
+            loss = (self.importance * (self.weight - b.double() @ a.double()) ** 2).sum()
+            self._found[rank] = a, b, math.sqrt(float(loss))
         return self._found[rank]
 
-    def _search(self, rank: int) -> tuple[Tensor, Tensor, float]:
-        share = self.importance / self.importance.max().clamp_min(1e-300)
-        a, b = self.start.factors(rank)
-        loss = self._loss(a, b)
+    def _search(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Factors in the scaled coordinates."""
+        target = self._scaled(self.weight)
+        left = self.importance / (self._rows[:, None] ** 2 * self._columns**2)
+        share = left / left.max().clamp_min(1e-300)
+        best = self.start.factors(rank)
+        before = now = ahead = _product(best)
+        loss, pace = float((left * (target - now) ** 2).sum()), 1.0
         for _ in range(_MOST_STEPS):
-            filled = share * self.weight + (1 - share) * (b.double() @ a.double())
-            next_a, next_b = decompose(filled).factors(rank)
-            next_loss = self._loss(next_a, next_b)
-            if next_loss >= loss:  # rounding alone
-                break
-            settled = next_loss > (1 - _SETTLED) * loss
-            a, b, loss = next_a, next_b, next_loss
+            found = decompose(ahead + share * (target - ahead)).factors(rank)
+            then = _product(found)
+            reached = float((left * (target - then) ** 2).sum())
+            if reached >= loss:
+                if pace == 1.0:  # no step at all is left, but for rounding
+                    break
+                ahead, pace = now, 1.0  # carried too far: go on from the best without
+                continue
+            settled = reached > (1 - _SETTLED) * loss
+            best, before, now, loss = found, now, then, reached
             if settled:
                 break
-        return a, b, math.sqrt(loss)
+            faster = (1 + math.sqrt(1 + 4 * pace**2)) / 2  # Nesterov's
+            ahead, pace = now + (pace - 1) / faster * (now - before), faster
+        return best
 
-    def _loss(self, a: Tensor, b: Tensor) -> float:
-        return float((self.importance * (self.weight - b.double() @ a.double()) ** 2).sum())
+
+def _floored(weights: Tensor) -> Tensor:
+    return weights.clamp_min(_FLOOR * float(weights.mean()) or 1.0)
+
+
+def _product(factors: tuple[Tensor, Tensor]) -> Tensor:
+    return factors[1].double() @ factors[0].double()

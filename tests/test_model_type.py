@@ -1,0 +1,140 @@
+"""A factored checkpoint is of a type of its own: transformers runs it by the code beside it, or not at all."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from factored import MIX, WAYS, apart, case, case_of, modules_cache, remote  # noqa: F401
+from family_zoo import ZOO, make_checkpoint, some_ids
+from growing import opened
+
+from tlt_cli.errors import TltError
+from tlt_cli.model.modeling import MODELING
+from tlt_cli.surgery.fold import fold
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+AUTO = (transformers.AutoConfig, transformers.AutoModel, transformers.AutoModelForCausalLM)
+SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+    "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+everywhere = pytest.mark.parametrize("family", ZOO)
+pytestmark = pytest.mark.usefixtures("modules_cache")
+
+
+def config(folder: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return read
+
+
+def edited(folder: Path, **keys: Any) -> Path:
+    """The folder with keys of config.json set, or (None) removed."""
+    kept = {key: value for key, value in config(folder).items() if key not in keys}
+    added = {key: value for key, value in keys.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps({**kept, **added}))
+    return folder
+
+
+@everywhere
+def test_without_its_code_it_is_refused(tmp_path: Path, family: str) -> None:
+    made = case(tmp_path / "source", family, WAYS["plain"])
+    folder, ids = made.write(tmp_path / "factored"), some_ids()
+    for auto in AUTO:
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            auto.from_pretrained(folder, trust_remote_code=False)
+    expected = remote(folder)(ids).logits
+    stock = config(tmp_path / "source")
+    edited(folder, model_type=stock["model_type"], architectures=stock["architectures"], auto_map=None)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert info["missing_keys"] and apart(model.eval()(ids).logits, expected) > 0.1, "the dense type loads in silence"
+    (folder / MODELING).unlink()
+    edited(folder, model_type="tlt", architectures=None)
+    for auto in AUTO:
+        with pytest.raises(ValueError, match="tlt"):
+            auto.from_pretrained(folder)
+
+
+@everywhere
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_config_is_the_files(tmp_path: Path, family: str, tied: bool) -> None:
+    """Sizes as the dense model's config tells them, every key as it was, also when transformers saves it."""
+    folder = case(tmp_path / "source", family, MIX, tied=tied).write(tmp_path / "factored")
+    read = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    stock = transformers.AutoConfig.from_pretrained(tmp_path / "source")
+    assert type(read).__name__ == "TltConfig" and read.model_type == "tlt"
+    for key in SIZES:
+        assert getattr(read, key) == getattr(stock, key), key
+    with pytest.raises(AttributeError, match="no nothing"):
+        read.nothing  # noqa: B018
+    remote(folder).save_pretrained(tmp_path / "saved")
+    before, after = config(folder), config(tmp_path / "saved")
+    assert {key: after.get(key) for key in before} == before
+    assert after.keys() - before.keys() <= {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
+    saved = opened(tmp_path / "saved")
+    assert fold(saved.fitted, saved.dtypes).config["model_type"] == config(tmp_path / "source")["model_type"]
+
+
+@pytest.mark.parametrize("given", [{"eos_token_id": 5}, {"eos_token_id": None}, {}])
+def test_it_ends_where_the_dense_model_ends(tmp_path: Path, given: dict[str, Any]) -> None:
+    """A key that config.json lacks is the family's own; one that it sets to null is not."""
+    source = make_checkpoint(tmp_path / "source", "llama")
+    plain = {key: value for key, value in config(source).items() if not key.endswith("_token_id")}
+    (source / "config.json").write_text(json.dumps({**plain, **given}))
+    folder = case_of(opened(source), WAYS["plain"]).write(tmp_path / "factored")
+    stock = transformers.AutoConfig.from_pretrained(source).eos_token_id
+    assert transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True).eos_token_id == stock
+    assert stock == given.get("eos_token_id", transformers.LlamaConfig().eos_token_id)
+
+
+@torch.no_grad()
+def test_a_window_that_is_switched_off(tmp_path: Path) -> None:
+    """Configs state windows that no layer has: what is cached must not be cut to them."""
+    source = make_checkpoint(tmp_path / "source", "qwen2", use_sliding_window=False)
+    edited(source, sliding_window=8, use_sliding_window=False, layer_types=None)
+    folder, ids = case_of(opened(source), WAYS["plain"]).write(tmp_path / "factored"), some_ids()
+    greedy = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    model = remote(folder)
+    assert "layer_types" not in config(folder) and model.config.sliding_window == 8
+    expected = model.generate(ids, use_cache=False, **greedy)
+    assert torch.equal(model.generate(ids, **greedy), expected)
+    model.config.layer_types = ["sliding_attention"] * 3
+    assert not torch.equal(model.generate(ids, **greedy), expected), "a window in the cache must show"
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["architectures", "type alone"])
+def test_the_dense_type_chooses_the_family(tmp_path: Path, named: bool) -> None:
+    source = make_checkpoint(tmp_path / "source", "gpt2")
+    if not named:
+        edited(source, architectures=None)
+    folder = case_of(opened(source), MIX).write(tmp_path / "factored")
+    read = opened(folder)
+    assert read.fitted.family.name == "gpt2"
+    assert fold(read.fitted, read.dtypes).config == config(source)
+    edited(folder, lowrank={**config(folder)["lowrank"], "architectures": [], "dense_model_type": "llama"})
+    with pytest.raises(TltError, match="llama"):
+        opened(folder)
+
+
+def test_the_tokenizer(tmp_path: Path) -> None:
+    """It needs no code of the checkpoint, and is the one that the dense model has."""
+    source, folder = DATA / "tinystories-656k", tmp_path / "factored"
+    if not source.is_dir():
+        pytest.skip(f"{source} is absent")
+    command = [sys.executable, "-m", "tlt_cli", "factor", str(source), "--rank", "8", "-o", str(folder), "-q"]
+    subprocess.run(command, check=True, capture_output=True)
+    stock = transformers.AutoTokenizer.from_pretrained(source)
+    ids = stock("Once upon a time, there was a café.").input_ids
+    for trust in (False, True):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+        assert type(tokenizer) is type(stock) and tokenizer("Once upon a time, there was a café.").input_ids == ids
+        assert tokenizer.eos_token_id == stock.eos_token_id
+    (folder / "tokenizer.json").unlink()
+    without = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    assert without("Once upon a time, there was a café.").input_ids != ids
