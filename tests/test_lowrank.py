@@ -435,6 +435,7 @@ def test_row_numbers_that_are_none(tmp_path: Path, rows: list[int], stream: bool
         ("ffn", {"ffn": {"one": 40}}),
         ("architectures", {"architectures": 7}),
         ("dense_model_type", {"dense_model_type": ["llama"]}),
+        ("rope_scaling", {"rope_scaling": 8}),
     ],
 )
 def test_wrong_configs_are_refused(tmp_path: Path, key: str, change: Any) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from factored import MIX, WAYS, apart, case, case_of, modules_cache, remote  # noqa: F401
-from family_zoo import ZOO, make_checkpoint, some_ids
+from factored import FULL, MIX, WAYS, apart, case, case_of, modules_cache, remote  # noqa: F401
+from family_zoo import ZOO, make_checkpoint, some_ids, stock_logits
 from growing import opened
 
 from tlt_cli.errors import TltError
 from tlt_cli.model.modeling import MODELING
+from tlt_cli.model.weights import load_checkpoint
 from tlt_cli.surgery.fold import fold
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -120,6 +121,36 @@ def test_the_dense_type_chooses_the_family(tmp_path: Path, named: bool) -> None:
     edited(folder, lowrank={**config(folder)["lowrank"], "architectures": [], "dense_model_type": "llama"})
     with pytest.raises(TltError, match="llama"):
         opened(folder)
+
+
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [{**SCALED, "original_max_position_embeddings": 16}, {"type": "linear", "factor": 2.0}, None],
+    ids=["llama3", "linear", "null"],
+)
+@torch.no_grad()
+def test_scaled_rotations(tmp_path: Path, scaling: dict[str, Any] | None) -> None:
+    """As checkpoints of Llama 3 spell them. Of a type that it does not know, transformers must be able to read on."""
+    source = make_checkpoint(tmp_path / "source", "llama")
+    edited(source, rope_parameters=None)
+    said = {**config(source), "rope_theta": 100.0, "rope_scaling": scaling}
+    (source / "config.json").write_text(json.dumps(said))
+    folder, ids = case_of(opened(source), FULL).write(tmp_path / "factored"), some_ids()
+    logits = remote(folder)(ids).logits
+    assert apart(logits, stock_logits(source, ids)) <= 2e-5
+    remote(folder).save_pretrained(tmp_path / "saved")
+    for one in (folder, tmp_path / "saved"):
+        read = opened(one)
+        assert apart(load_checkpoint(read.checkpoint, read.fitted)(ids), logits) <= 2e-5
+        transformers.PreTrainedConfig.from_pretrained(one)
+    made = opened(folder)
+    assert fold(made.fitted, made.dtypes).config == said and not config(folder).get("rope_scaling")
+    if scaling is not None:
+        edited(source, rope_scaling=None)
+        assert apart(stock_logits(source, ids), logits) > 0.01, "scaled too little to tell anything"
 
 
 def test_the_tokenizer(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from tlt_cli.families.place import Place, Shapes, match, roles_of
 from tlt_cli.families.table import Family
 
 KEY, DESCRIPTION, VERSION = "lowrank", "tlt_description", 1
+ROPE_SCALING = "rope_scaling"  # kept under KEY: where transformers knows not the type, reading it fails
 MODEL_TYPE = "tlt"  # no type that transformers knows: it must refuse, not take the file for the dense model
 RIGHT, LEFT, ROWS = "lowrank_a", "lowrank_b", "lowrank_rows"
 KINDS = (RIGHT, LEFT, ROWS)
@@ -30,7 +31,7 @@ KINDS = (RIGHT, LEFT, ROWS)
 class LowRank:
     """Ranks by slot; whose right factor a slot shares; which entries of its rank are rows as they are (from, to); the
     size of the feed-forward in layers where it is not the model's. `architectures` and `model_type` are those of the
-    dense model, where its config.json says them."""
+    dense model, where its config.json says them, and so is `rope_scaling`."""
 
     ranks: Mapping[str, int]
     shared: Mapping[str, str] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class LowRank:
     ffn: Mapping[int, int] = field(default_factory=dict)
     architectures: tuple[str, ...] = ()
     model_type: str | None = None
+    rope_scaling: Mapping[str, Any] | None = None
 
     def data(self) -> dict[str, Any]:
         """As config.json says it."""
@@ -48,6 +50,7 @@ class LowRank:
             "version": VERSION,
             **named,
             **typed,
+            **({ROPE_SCALING: dict(self.rope_scaling)} if self.rope_scaling else {}),
             "ranks": dict(self.ranks),
             "shared": dict(self.shared),
             "pivoted": {slot: list(span) for slot, span in self.pivoted.items()},
@@ -110,11 +113,14 @@ def read_lowrank(config: Mapping[str, Any] | None) -> LowRank | None:
     model_type = given.get("dense_model_type")
     if model_type is not None and not isinstance(model_type, str):
         raise TltError(f"config.json: {KEY}.dense_model_type must be a name, not {shortened(model_type)}")
-    return LowRank(ranks, dict(shared), pivoted, ffn, tuple(names), model_type)
+    scaling = given.get(ROPE_SCALING)
+    if scaling is not None and not isinstance(scaling, dict):
+        raise TltError(f"config.json: {KEY}.{ROPE_SCALING} must be an object, not {shortened(scaling)}")
+    return LowRank(ranks, dict(shared), pivoted, ffn, tuple(names), model_type, scaling)
 
 
 def dense_config(config: Mapping[str, Any], lowrank: LowRank) -> dict[str, Any]:
-    """The config with the dense model's own architectures and model_type, and nothing said of factors or code.
+    """The config with the dense model's own architectures, model_type and rope_scaling, without factors and code.
 
     >>> dense_config({"model_type": "tlt", "vocab_size": 9, "lowrank": {}}, LowRank({}, model_type="llama"))
     {'model_type': 'llama', 'vocab_size': 9}
@@ -122,6 +128,8 @@ def dense_config(config: Mapping[str, Any], lowrank: LowRank) -> dict[str, Any]:
     own: dict[str, Any] = {"architectures": list(lowrank.architectures) or None}
     if config.get("model_type") == MODEL_TYPE:
         own["model_type"] = lowrank.model_type
+    if lowrank.rope_scaling:
+        own[ROPE_SCALING] = dict(lowrank.rope_scaling)
     whole = {**config, **own}
     gone = {KEY, DESCRIPTION, "auto_map", *(key for key, value in own.items() if value is None)}
     return {key: value for key, value in whole.items() if key not in gone}

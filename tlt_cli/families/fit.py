@@ -14,6 +14,7 @@ from tlt_cli.axes import LayoutError, bindings, shape, solve
 from tlt_cli.errors import TltError, nearest
 from tlt_cli.families.choose import choose
 from tlt_cli.families.factors import (
+    ROPE_SCALING,
     LowRank,
     check_complete,
     check_ranks,
@@ -91,7 +92,9 @@ def fit(
         table, notes = choose(shapes, config, family)
         apart = {}
     else:  # its own architecture is that of the code it ships; the table is the dense model's
-        table, notes = choose(shapes, dense_config(config or {}, lowrank), family)
+        dense = dense_config(config or {}, lowrank)
+        config = {**(config or {}), **{key: dense[key] for key in dense if key == ROPE_SCALING}}
+        table, notes = choose(shapes, dense, family)
         apart = factor_places(table, lowrank)
         check_complete(table, shapes, apart)
     places, buffers = place(shapes, table, apart)

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tlt_cli.families.factors import DESCRIPTION, KEY, MODEL_TYPE
+from tlt_cli.families.factors import DESCRIPTION, KEY, MODEL_TYPE, ROPE_SCALING
 
 MODELING = "modeling_tlt.py"
 ARCHITECTURE = "TltForCausalLM"
@@ -52,4 +52,4 @@ def shipped(config: dict[str, Any], description: dict[str, Any]) -> dict[str, An
     """The config with which transformers finds the file, and without the file refuses the model."""
     plain = {key: value for key, value in description.items() if key != KEY}
     own = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, "auto_map": AUTO_MAP, DESCRIPTION: plain}
-    return {**config, **own}
+    return {key: value for key, value in config.items() if key != ROPE_SCALING or key not in config[KEY]} | own

@@ -21,7 +21,7 @@ from tlt_cli.axes import dim_size
 from tlt_cli.checkpoint.planned import PlannedTensor, Tensors
 from tlt_cli.errors import TltError
 from tlt_cli.families import Fit, Place, fit
-from tlt_cli.families.factors import LEFT, RIGHT, ROWS, LowRank, find_slot, refuse_factored, slot_shape
+from tlt_cli.families.factors import LEFT, RIGHT, ROPE_SCALING, ROWS, LowRank, find_slot, refuse_factored, slot_shape
 from tlt_cli.model.describe import describe
 from tlt_cli.model.modeling import shipped
 from tlt_cli.surgery.fold import fold
@@ -75,12 +75,14 @@ def factored_plan(
     table = fitted.family
     kept = {layer: torch.as_tensor(neurons, dtype=torch.long) for layer, neurons in ffn.items()}
     architectures = fitted.config.get("architectures") or ()
+    scaling = fitted.config.get(ROPE_SCALING)
     lowrank = LowRank(
         ranks={one.matrix.name: one.rank for one in factored},
         shared={one.matrix.name: one.shared_with for one in factored if one.shared_with is not None},
         ffn={layer: len(neurons) for layer, neurons in kept.items()},
         architectures=tuple(architectures),
         model_type=fitted.config.get("model_type"),
+        rope_scaling=scaling if isinstance(scaling, dict) and scaling else None,
     )
     store = _Store(fitted, lowrank, factored, factors)
     lowrank = replace(lowrank, pivoted=store.spans)
