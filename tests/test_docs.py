@@ -147,4 +147,4 @@ def test_there_is_one_test_command() -> None:
     pattern = re.search(r"sed -n 's/(\^python3.*)/\\1/p'", (ROOT / ".ci" / "run").read_text())
     assert pattern is not None
     found = re.findall(pattern[1].replace(r"\(", "(").replace(r"\)", ")"), README, re.MULTILINE)
-    assert found == ["python -m pytest"]
+    assert found == ["python -m pytest -n auto"]
