@@ -1,4 +1,4 @@
-"""One thread per test process, for the models are tiny and the processes share the cores; the same numbers each time."""
+"""One thread per test process, for models are tiny and processes share the cores; the same numbers each time."""
 
 from __future__ import annotations
 
