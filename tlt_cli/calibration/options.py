@@ -93,15 +93,15 @@ def group_options(weights: dict[str, Tensor], moments: Moments, layer: int) -> l
     groups = []
     attention: list[str] = [role for role in ("query", "key", "value") if role in weights]
     if attention:
-        groups.append(_sharing(attention, weights, read[attention[0]], felt, 0.0, None))
+        groups.append(_sharing(attention, weights, read[attention[0]], felt))
     if "output" in weights:
-        groups.append(_sharing(["output"], weights, read["output"], felt, 0.0, None))
+        groups.append(_sharing(["output"], weights, read["output"], felt))
     inner: list[str] = [role for role in ("gate", "up") if role in weights]
     if "down" in weights and "up" in inner:
         groups.append(_feed_forward(inner, weights, read, felt))
     else:
         for role in [*inner, *(["down"] if "down" in weights else [])]:
-            groups.append(_sharing([role], weights, read[role], felt, 0.0, None))
+            groups.append(_sharing([role], weights, read[role], felt))
     return groups
 
 
@@ -125,9 +125,9 @@ def _feed_forward(
         fewer = {role: weights[role][stays] for role in inner}
         fewer["down"] = refit_kept(weights["down"], read["down"], stays) if count else weights["down"]
         felt_here = {role: None if (g := felt[role]) is None else g[stays][:, stays] for role in inner}
-        upper = _sharing(inner, fewer, read["up"], felt_here, 0.0, None)
+        upper = _sharing(inner, fewer, read["up"], felt_here)
         inputs = read["down"][stays][:, stays]
-        lower = _sharing(["down"], fewer, inputs, {"down": felt["down"]}, 0.0, None)
+        lower = _sharing(["down"], fewer, inputs, {"down": felt["down"]})
         options += _sums(upper, lower, float(losses[count]), stays if count else None)
     return _useful(options)
 
@@ -162,8 +162,6 @@ def _sharing(
     weights: dict[str, Tensor],
     inputs: Tensor,
     felt: dict[str, Tensor | None],
-    loss: float,
-    kept: Tensor | None,
 ) -> list[Option]:
     """Each matrix by itself, or all of them with one right factor."""
     single = [curve([weights[role]], inputs, [felt[role]]) for role in roles]
@@ -175,11 +173,10 @@ def _sharing(
         options.append(
             Option(
                 int(sum(each.costs[index] for each, index in zip(single, picked, strict=True))),
-                float(sum(each.losses[index] for each, index in zip(single, picked, strict=True))) + loss,
+                float(sum(each.losses[index] for each, index in zip(single, picked, strict=True))),
                 lambda picked=picked: {  # type: ignore[misc]
                     role: each.pieces(index)[0] for role, each, index in zip(roles, single, picked, strict=True)
                 },
-                kept,
             )
         )
     for each in joint:
@@ -187,9 +184,8 @@ def _sharing(
             options.append(
                 Option(
                     int(each.costs[index]),
-                    float(each.losses[index]) + loss,
+                    float(each.losses[index]),
                     lambda each=each, index=index: dict(zip(roles, each.pieces(index), strict=True)),  # type: ignore[misc]
-                    kept,
                 )
             )
     return _useful(options)
