@@ -195,10 +195,7 @@ def test_the_budget_is_kept_and_structure_helps(tmp_path: Path) -> None:
 def cut(source: Source, rank: int) -> Compressed:
     """Every matrix at one rank by plain SVD: a poor start."""
     return start_from(
-        source.checkpoint,
-        matrices_of(source),
-        lambda m: decompose(read_matrix(source.checkpoint, m)).factors(rank),
-        None,
+        source.checkpoint, matrices_of(source), lambda m: decompose(read_matrix(source.checkpoint, m)).factors(rank)
     )
 
 

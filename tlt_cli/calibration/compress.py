@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tlt_cli.calibration.blocks import Blocks
 from tlt_cli.calibration.drift import STAGES, Crossed, cross
-from tlt_cli.calibration.moments import Moments, block_moments, streams
+from tlt_cli.calibration.moments import block_moments, streams
 from tlt_cli.calibration.options import Option, curve, group_options
 from tlt_cli.calibration.pieces import Dense, Low, Piece, Slot, low, replacements
 from tlt_cli.calibration.refine import refine_block
@@ -87,7 +87,7 @@ def start_globally(
     return made
 
 
-def start_from(values: Tensors, found: Sequence[Matrix], factors: Factors, outputs: Moments | None) -> Compressed:
+def start_from(values: Tensors, found: Sequence[Matrix], factors: Factors) -> Compressed:
     """The pieces of factors that were chosen elsewhere, one pair per matrix or None where it stays dense."""
     pieces: dict[Slot, Piece] = {}
     for matrix in found:
@@ -95,7 +95,7 @@ def start_from(values: Tensors, found: Sequence[Matrix], factors: Factors, outpu
         pair = factors(matrix)
         piece = Dense(read_matrix(values, matrix)) if pair is None else low(pair[0], [pair[1]])[0]
         pieces[matrix.layer, matrix.role] = piece
-    return Compressed(pieces, outputs={} if outputs is None else outputs.feels)
+    return Compressed(pieces)
 
 
 def refine(

@@ -101,7 +101,7 @@ def _cut(opened: Opened, request: Request, *, out: Output) -> Compressed:
         rank = ranks.by_slot[matrix.name]
         return None if rank is None else factorizations.factors(matrix, rank)
 
-    return start_from(opened.checkpoint, opened.found, factors, None)
+    return start_from(opened.checkpoint, opened.found, factors)
 
 
 def _plan(
