@@ -15,7 +15,8 @@ from tlt_cli.surgery.matrices import LINEARS, Matrix
 from tlt_cli.surgery.metrics import Seen, needs_gradients
 
 if TYPE_CHECKING:
-    from tlt_cli.cli.factoring import Opened, Request
+    from tlt_cli.cli.factor_request import Request
+    from tlt_cli.cli.factoring import Opened
 
 
 def seen_by_text(opened: Opened, request: Request, *, out: Output) -> Callable[[Matrix], Seen | None]:

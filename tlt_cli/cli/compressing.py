@@ -20,16 +20,8 @@ from tlt_cli.checkpoint.shards import is_single_file
 from tlt_cli.cli.calibrating import calibration_text
 from tlt_cli.cli.console import Output
 from tlt_cli.cli.execute import Outcome, Writing, carry_out, retyped
-from tlt_cli.cli.factoring import (
-    DENSE,
-    Opened,
-    Request,
-    chosen_ranks,
-    decomposed,
-    eval_text,
-    factor_command,
-    judge,
-)  # fmt: skip
+from tlt_cli.cli.factor_request import DENSE, Request
+from tlt_cli.cli.factoring import Opened, chosen_ranks, decomposed, eval_text, factor_command, judge
 from tlt_cli.cli.growing import table_files
 from tlt_cli.errors import TltError
 from tlt_cli.families import Fit, fit

@@ -152,7 +152,8 @@ def factor(
 
     Works on any checkpoint. A calibration text says which directions matter; without one all entries count alike.
     """
-    from tlt_cli.cli.factoring import Request, factor_checkpoint
+    from tlt_cli.cli.factor_request import Request
+    from tlt_cli.cli.factoring import factor_checkpoint
     from tlt_cli.cli.sweeping import show, sweep_checkpoint
 
     out = Out(json=json, quiet=quiet, verbose=verbose)

@@ -17,10 +17,11 @@ from tlt_cli.checkpoint.shards import is_single_file
 from tlt_cli.checkpoint.writer import check_target
 from tlt_cli.cli.console import Output
 from tlt_cli.cli.execute import Outcome, Writing, carry_out, derived_output, retyped
+from tlt_cli.cli.factor_request import DENSE, LOWRANK, Request
 from tlt_cli.cli.growing import table_files
 from tlt_cli.cli.measuring import USUAL_CONTEXT, positions, windows_at_once
 from tlt_cli.cli.opening import load_decoder, opened_if_known, parse_dtype, tokenizer_for
-from tlt_cli.errors import TltError, UsageError, nearest
+from tlt_cli.errors import TltError, UsageError
 from tlt_cli.families import Fit, fit
 from tlt_cli.families.factors import refuse_factored
 from tlt_cli.model.decoder import Decoder
@@ -28,121 +29,20 @@ from tlt_cli.model.modeling import AUTO_MAP, MODELING, modeling_source
 from tlt_cli.model.perplexity import perplexity
 from tlt_cli.model.text import Tokens, load_tokens
 from tlt_cli.surgery.factor import (
-    ALLOCATIONS,
-    GLOBAL,
     UNIFORM,
     Ranks,
     allocated,
     at_energy,
     at_keep,
     at_rank,
-    check_keep,
     check_some,
 )
 from tlt_cli.surgery.factored_file import multiplied_plan, separate_plan
 from tlt_cli.surgery.factorizations import Factorizations
 from tlt_cli.surgery.lowrank import Factored, factored_plan
 from tlt_cli.surgery.matrices import FLOATS, Matrix, matrices, read_matrix
-from tlt_cli.surgery.metrics import check_method, needs_gradients, needs_text
+from tlt_cli.surgery.metrics import needs_text
 from tlt_cli.surgery.plan import Plan
-
-LOWRANK, DENSE = "lowrank", "dense"
-FORMATS = (LOWRANK, DENSE)
-REFINEMENTS = ("none", "drift", "block")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """The options of `tlt factor`, as typed. Whatever can never work is refused here."""
-
-    rank: int | None = None
-    keep: float | None = None
-    energy: float | None = None
-    method: str | None = None
-    calibration: Sequence[Path] | None = None
-    allocate: str | None = None
-    refine: str | None = None
-    only: Sequence[str] = ()
-    format: str = LOWRANK
-    eval: Sequence[Path] | None = None
-    context: int | None = None
-    max_perplexity: float | None = None
-    tokenizer: str | None = None
-    family: str | None = None
-    axes: Sequence[str] | None = None
-    output: Path | None = None
-    force: bool = False
-    dry_run: bool = False
-    max_shard_size: str | None = None
-    verify: bool = True
-    jobs: int | None = None
-    seed: int = 0
-    device: str = "auto"
-    dtype: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.method is not None:
-            check_method(self.method)
-        _one_of("--format", self.format, FORMATS)
-        _one_of("--allocate", self.allocate, ALLOCATIONS)
-        _one_of("--refine", self.refine, REFINEMENTS)
-        given = [name for name in ("rank", "keep", "energy") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise UsageError(f"--{given[0]} and --{given[1]} both say how small; give one of them")
-        if self.keep is not None:
-            check_keep(self.keep)
-        if self.calibration and self.method == "svd":
-            raise UsageError("--method svd weighs by no text; drop --calibration, or take --method whiten")
-        if self.refine not in (None, "none") and not (self.calibration or needs_text(self.weighing)):
-            raise UsageError(f"--refine {self.refine} fits to a text; say --calibration TEXT")
-        if self.allocate == GLOBAL and self.keep is None:
-            raise UsageError("--allocate global shares out a budget; say --keep with it")
-        if self.max_perplexity is not None and not self.max_perplexity > 1:
-            raise UsageError(
-                f"--max-perplexity {self.max_perplexity}: expected more than 1, the perplexity of certainty"
-            )
-
-    @property
-    def weighing(self) -> str:
-        """The method, as given or by default."""
-        return self.method or ("kfac" if self.calibration else "svd")
-
-    @property
-    def sharing(self) -> str:
-        """How a budget is shared out, as given or by default: raw energies of different matrices do not compare."""
-        return self.allocate or (GLOBAL if self.keep is not None and needs_gradients(self.weighing) else UNIFORM)
-
-    @property
-    def refining(self) -> str:
-        """How far weights are refit, as given or by default: all the way where the text decides everything else."""
-        return self.refine or ("block" if self.sharing == GLOBAL and self.weighing == "kfac" else "none")
-
-    @property
-    def compresses(self) -> bool:
-        """Whether the text does more than weigh: choose among structures, or refit."""
-        return self.refining != "none" or (self.sharing == GLOBAL and self.weighing == "kfac")
-
-    @property
-    def looks(self) -> bool:
-        """Whether the ranks depend on values, not on shapes alone."""
-        return self.energy is not None or self.sharing == GLOBAL
-
-    def sweeps(self, *, asked: bool, ranks: str | None) -> bool:
-        """Whether this is a sweep. UsageError where the options are not clear on that."""
-        sized = next((name for name in ("rank", "keep", "energy") if getattr(self, name) is not None), None)
-        wanted = asked or ranks is not None or (self.max_perplexity is not None and sized is None)
-        if wanted and sized is not None:
-            raise UsageError(f"--{sized} says how small and --rank-sweep tries every rank; give one of them")
-        if not wanted and sized is None:
-            raise UsageError(
-                "say how small: --rank R, --keep 0.8 or --energy 0.99; or look at every rank: --rank-sweep"
-            )
-        return wanted
-
-
-def _one_of(option: str, value: str | None, known: Sequence[str]) -> None:
-    if value is not None and value not in known:
-        raise UsageError(f"{option} {value}: unknown{nearest(value, known)}; expected {', '.join(known)}")
 
 
 @dataclass(frozen=True)

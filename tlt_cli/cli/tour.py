@@ -20,7 +20,8 @@ import tlt_cli
 from tlt_cli.checkpoint.reader import open_checkpoint
 from tlt_cli.cli.console import Output, Table
 from tlt_cli.cli.description import describe
-from tlt_cli.cli.factoring import Request, factor_checkpoint
+from tlt_cli.cli.factor_request import Request
+from tlt_cli.cli.factoring import factor_checkpoint
 from tlt_cli.cli.measuring import measure, prepare
 from tlt_cli.cli.opening import opened
 from tlt_cli.errors import TltError
