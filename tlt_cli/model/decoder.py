@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,8 @@ class Cache:
 class Step:
     """What all layers of one forward pass share: positions, rotations, masks, the cache.
 
-    `present` [B, S] is False where a row is padded and None where none is; `positions` are [T], or [B, T] with it.
+    `present` [B, S] is False where a row is padded and None where none is; `documents` [B, T] numbers the text that
+    each token of a packed row belongs to. `positions` are [T], or [B, T] with either.
     """
 
     start: int
@@ -66,18 +67,21 @@ class Step:
     rotations: dict[str, tuple[Tensor, Tensor]]
     cache: Cache | None = None
     present: Tensor | None = None
+    documents: Tensor | None = None
     masks: dict[tuple[int | None, bool], Tensor | None] = field(default_factory=dict)
 
     def mask(self, window: int | None, device: torch.device, always: bool) -> Tensor | None:
         """[T, S], True where a query may look: backwards, and no further than the window, itself included.
 
-        [B, 1, T, S] where rows are padded: no query looks at padding, but for a padded one at itself.
+        [B, 1, T, S] where rows are padded or packed: no query looks at padding, but for a padded one at itself, nor
+        into another document.
         None where the kernel's own causal rule says the same, unless `always` asks for the mask itself.
         """
         total = self.start + self.length
         window = None if window is None or window >= total else window
         if (window, always) not in self.masks:
-            plain = window is None and self.present is None and (self.start == 0 or self.length == 1)
+            rows_agree = self.present is None and self.documents is None
+            plain = window is None and rows_agree and (self.start == 0 or self.length == 1)
             if plain and not always:
                 self.masks[window, always] = None
             else:
@@ -87,8 +91,27 @@ class Step:
                 seen = seen if window is None else seen & (key > query - window)
                 if self.present is not None:
                     seen = (seen & self.present[:, None, None, :]) | (key == query)
+                if self.documents is not None:
+                    seen = seen & (self.documents[:, None, :, None] == self.documents[:, None, None, :])
                 self.masks[window, always] = seen
         return self.masks[window, always]
+
+
+class Adapter(Protocol):
+    """What changes a decoder's linears without touching its weights. Its own weights are no part of the decoder."""
+
+    def begin(self, x: Tensor, step: Step) -> None:
+        """Called once per pass with the stream behind the embedding [B, T, H]."""
+
+    def add(self, y: Tensor, x: Tensor, role: str, layer: int) -> Tensor:
+        """What takes the place of a linear's output y [B, T, out]; x [B, T, in] is what it read."""
+
+
+class _Room(nn.Module):
+    """A part of the tree of names. Called, it runs what it is given: sharding hangs its hooks on such calls."""
+
+    def forward(self, run: Callable[..., Any], *given: Any) -> Any:
+        return run(*given)
 
 
 def frequencies(rope: dict[str, Any], head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -152,6 +175,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.description = description
         self.observe: Callable[[str, int, Tensor], None] | None = None  # sees role, layer and input of every linear
+        self._adapter: tuple[Adapter, ...] = ()  # in a tuple: a module in an attribute would be registered
         self._fetch: Fetch | None = None
         self._fetch_rows: FetchRows | None = None
         self._like = torch.empty(0, device=device, dtype=dtype)
@@ -167,6 +191,7 @@ class Decoder(nn.Module):
                 self._add(name, torch.arange(*shape, device=device))
             else:
                 self._add(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self._rooms = self._found_rooms()
         self._act = ACTIVATIONS[description["activation"]]
         if self._like.device.type != "meta":
             self.initialize()
@@ -195,6 +220,15 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         """Where ids must be."""
         return self._like.device if self._fetch is not None else next(self.parameters()).device
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """What changes the linears, if anything."""
+        return self._adapter[0] if self._adapter else None
+
+    @adapter.setter
+    def adapter(self, value: Adapter | None) -> None:
+        self._adapter = () if value is None else (value,)
 
     @property
     def longest(self) -> int | None:
@@ -248,12 +282,16 @@ class Decoder(nn.Module):
         return self._fetch_rows(name, wanted).to(self._like)[inverse]
 
     def linear(self, x: Tensor, role: str, layer: int, inner: dict[str, Tensor] | None = None) -> Tensor:
-        """One of a block's linears: x [B, T, in] -> [B, T, out].
+        """One of a block's linears: x [B, T, in] -> [B, T, out], with what the adapter makes of it.
 
         `inner` remembers what right factors made of this x, for the linears that share them.
         """
         if self.observe is not None:
             self.observe(role, layer, x)
+        y = self._matrix(x, role, layer, inner)
+        return y if not self._adapter else self._adapter[0].add(y, x, role, layer)
+
+    def _matrix(self, x: Tensor, role: str, layer: int, inner: dict[str, Tensor] | None) -> Tensor:
         spot = self.description["roles"][role]
         name, part, slot = self._slot(spot, layer)
         bias = self.weight(f"{name}.bias") if spot["bias"] else None
@@ -302,25 +340,48 @@ class Decoder(nn.Module):
 
     # --- the pass ----------------------------------------------------------------------------------------------
 
-    def forward(self, ids: Tensor, cache: Cache | None = None, present: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        cache: Cache | None = None,
+        present: Tensor | None = None,
+        documents: Tensor | None = None,
+        read: Callable[[Tensor], Any] | None = None,
+    ) -> Any:
         """Logits [B, T, V] of ids [B, T]; with a cache the ids continue what it has seen.
 
-        `present` [B, S] is False where a row of what was seen so far, ids included, is padding.
+        `present` [B, S] is False where a row of what was seen so far, ids included, is padding. `documents` [B, T]
+        numbers the texts that share a row: none sees another, and each counts its positions from 0. `read`, given the
+        stream behind the last block [B, T, H], returns something else in the place of `logits` of it.
         """
-        step = self.begin(ids.shape[1], cache, present)
+        step = self.begin(ids.shape[1], cache, present, documents)
         x = self.embed(ids, step)
+        if self._adapter:
+            self._adapter[0].begin(x, step)
         for layer in self._layers():
-            x = self.block(x, layer, step)
+            room = self.rooms.get(layer)
+            x = self.block(x, layer, step) if room is None else room(self.block, x, layer, step)
         if cache is not None:
             cache.length += ids.shape[1]
-        return self.logits(x)
+        return self.logits(x) if read is None else read(x)
+
+    @property
+    def rooms(self) -> dict[int, nn.Module]:
+        """The module that holds a layer's parameters, by layer; `forward` runs the layer by calling it."""
+        return self._rooms
 
     def new_cache(self) -> Cache:
         """An empty cache for this decoder."""
         return Cache(self.description["layers"])
 
-    def begin(self, length: int, cache: Cache | None = None, present: Tensor | None = None) -> Step:
-        """What `embed` and every `block` of a pass over T = `length` tokens share; `present` as for `forward`."""
+    def begin(
+        self,
+        length: int,
+        cache: Cache | None = None,
+        present: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> Step:
+        """What `embed` and every `block` of a pass over T = `length` tokens share; the rest as for `forward`."""
         start = 0 if cache is None else cache.length
         if self.longest is not None and start + length > self.longest:
             raise ValueError(f"{start + length} tokens, but this model has {self.longest} positions")
@@ -330,12 +391,17 @@ class Decoder(nn.Module):
         if present is not None:  # a padded row counts from its first token on
             present = present.to(like.device).bool()
             positions = (present.long().cumsum(-1) - 1).clamp(min=0)[:, start:]
+        if documents is not None:  # and so does each document; a cache or padding never comes with them
+            assert cache is None and present is None
+            first = torch.ones_like(documents, dtype=torch.bool)
+            first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+            positions = positions - torch.where(first, positions, 0).cummax(-1).values
         rotations = {}
         for name, rope in self.description["ropes"].items():
             angles = positions[..., None].to(wide) * frequencies(rope, self.description["head_dim"], wide, like.device)
-            angles = angles if present is None else angles[:, None]
+            angles = angles if positions.dim() == 1 else angles[:, None]
             rotations[name] = angles.cos().to(like.dtype), angles.sin().to(like.dtype)
-        return Step(start, length, positions, rotations, cache, present)
+        return Step(start, length, positions, rotations, cache, present, documents)
 
     def embed(self, ids: Tensor, step: Step) -> Tensor:
         """ids [B, T] -> the residual stream [B, T, H], learned positions included."""
@@ -433,6 +499,14 @@ class Decoder(nn.Module):
     def _layers(self) -> range:
         return range(self.description["layers"])
 
+    def _found_rooms(self) -> dict[int, nn.Module]:
+        """Where every role of a layer lies below one name, as "model.layers.{layer}", its module by layer."""
+        spots = [spot["name"] for role, spot in self.description["roles"].items() if role not in STEM]
+        stem, found, _ = spots[0].partition("{layer}") if spots else ("", "", "")
+        if not found or not all(name.startswith(f"{stem}{{layer}}.") for name in spots):
+            return {}
+        return {layer: self.get_submodule(f"{stem}{layer}") for layer in self._layers()}
+
     def _slot(self, spot: dict[str, Any], layer: int) -> tuple[str, int | None, str]:
         """A role's module in this layer, its part of it, and the name of its matrix alone."""
         name, part = spot["name"].format(layer=layer), spot["part"]
@@ -486,7 +560,7 @@ class Decoder(nn.Module):
         module: nn.Module = self
         for part in path:
             if part not in module._modules:
-                module.add_module(part, nn.Module())
+                module.add_module(part, _Room())
             module = module.get_submodule(part)
         if isinstance(value, nn.Parameter):
             module.register_parameter(leaf, value)
