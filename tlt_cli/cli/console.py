@@ -35,6 +35,7 @@ _BadOptions: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 
 Cell = str | int | float | None
 Progress = Callable[[int, int], None]
+Meter = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,14 @@ class Output:
     @contextmanager
     def progress(self, label: str) -> Iterator[Progress]:
         """A callback `progress(done, total)` that draws a bar with the time left once work takes over two seconds."""
+        with self.meter(label) as update:
+            yield lambda done, total: update(done, total, "")
+
+    @contextmanager
+    def meter(self, label: str) -> Iterator[Meter]:
+        """As `progress`, with a word on how things stand: `meter(done, total, status)`."""
         if not self.draws:
-            yield lambda done, total: None
+            yield lambda done, total, status: None
             return
         with _bar(label) as update:
             yield update
@@ -220,7 +227,7 @@ def _readable(cell: Cell) -> str:
 
 
 @contextmanager
-def _bar(label: str) -> Iterator[Progress]:
+def _bar(label: str) -> Iterator[Meter]:
     from threading import Timer
 
     from rich.console import Console
@@ -228,13 +235,14 @@ def _bar(label: str) -> Iterator[Progress]:
     from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-    task = bar.add_task(label, total=None)
+    status = TextColumn("{task.fields[status]}", markup=False)
+    bar = Bar(*columns, TimeRemainingColumn(), status, console=Console(stderr=True), transient=True)
+    task = bar.add_task(label, total=None, status="")
     appears = Timer(_PATIENCE, bar.start)
     appears.daemon = True
     appears.start()
     try:
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda done, total, status: bar.update(task, completed=done, total=total, status=status)
     finally:
         appears.cancel()
         appears.join()

@@ -30,7 +30,8 @@ from tlt_cli.model.generate import generate
 from tlt_cli.model.text import BUILT_IN, Tokenizer, built_in_text
 from tlt_cli.surgery.arrows import METHODS
 from tlt_cli.surgery.grow import Recipe
-from tlt_cli.training.loop import held_out, train, training_flops
+from tlt_cli.training.flops import training_flops
+from tlt_cli.training.loop import held_out, train
 from tlt_cli.training.saving import save
 from tlt_cli.training.start import blank, new_decoder
 
@@ -111,7 +112,7 @@ def _make(tour: Tour) -> None:
     fitted = blank(CONFIG)
     decoder = new_decoder(fitted, seed=tour.seed)
     _train(tour, SMALL, decoder, tour.steps, seed=tour.seed)
-    save(decoder, tour.path(SMALL), config=CONFIG, command=tour.command)
+    save(decoder.stored, tour.path(SMALL), config=CONFIG, command=tour.command)
 
 
 def _grow(tour: Tour) -> None:
@@ -166,7 +167,7 @@ def _train_on(tour: Tour) -> None:
         _train(tour, name, decoder, tour.steps, seed=tour.seed + 1)
         source = open_checkpoint(tour.path(name))
         assert source.config is not None
-        save(decoder, tour.path(f"{name}-trained"), config=source.config, command=tour.command, source=source)
+        save(decoder.stored, tour.path(f"{name}-trained"), config=source.config, command=tour.command, source=source)
         tour.models[name]["loss_trained_on"] = held_out(decoder, tour.kept_back, context=CONTEXT)
 
 
@@ -179,7 +180,7 @@ def _control(tour: Tour) -> None:
     tour.models[RANDOM].update(perplexity=math.exp(loss), loss=loss)
     _train(tour, RANDOM, decoder, 2 * tour.steps, seed=tour.seed)
     tour.models[RANDOM]["loss_trained_on"] = held_out(decoder, tour.kept_back, context=CONTEXT)
-    save(decoder, tour.path(f"{RANDOM}-trained"), config=config, command=tour.command)
+    save(decoder.stored, tour.path(f"{RANDOM}-trained"), config=config, command=tour.command)
 
 
 STOPS: tuple[tuple[str, Callable[[Tour], None]], ...] = (
@@ -200,7 +201,8 @@ STOPS: tuple[tuple[str, Callable[[Tour], None]], ...] = (
 def _train(tour: Tour, name: str, decoder: Decoder, steps: int, *, seed: int) -> None:
     with tour.out.progress(f"training {name}") as progress:
         losses = train(
-            decoder, tour.trained_on, steps=steps, batch=BATCH, context=CONTEXT, seed=seed, progress=progress,
+            decoder, tour.trained_on, steps=steps, batch=BATCH, context=CONTEXT, learning_rate=3e-3, schedule="linear",
+            seed=seed, progress=progress,
             log=lambda step, loss: tour.out.detail(f"{name}: step {step}, loss {loss:.4f}") if step % 50 == 0 else None,
         )  # fmt: skip
     model = tour.models.setdefault(name, {})

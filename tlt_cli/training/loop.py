@@ -1,110 +1,177 @@
-"""The training loop: windows of text in random order, AdamW, a rate that warms up and falls to zero."""
+"""The training loop: one step after another over windows of text. Whoever runs it evaluates and saves in between.
+
+run = Run(decoder=decoder, trained=..., windows=windows, recipe=recipe, optimizers=...)
+for step in range(first, recipe.steps):
+    done = take_step(run, step)
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
-from torch.nn import functional
+from torch import Tensor, nn
 
 from tlt_cli.errors import TltError
 from tlt_cli.model.decoder import Decoder
 from tlt_cli.model.perplexity import perplexity
+from tlt_cli.training.corpus import of_ids
+from tlt_cli.training.objective import Objective, next_token, scored
+from tlt_cli.training.optimizers import optimizers, set_rate
+from tlt_cli.training.recipe import Recipe
+from tlt_cli.training.windows import Batch, Windows
+from tlt_cli.training.world import ALONE, World, average, clip, loss_share, portion, summed, synchronize
 
-BETAS = (0.9, 0.95)
-CLIP = 1.0  # largest norm of all gradients together
+
+class Trainable(Protocol):
+    """An adapter that is trained while the decoder stands still."""
+
+    def advance(self, step: int, steps: int) -> None:
+        """Called before a step's first pass: what changes in the course of training, a function of the step alone."""
+
+    def penalty(self, step: int, steps: int) -> Tensor | None:
+        """What the last forward adds to the mean loss; None: nothing."""
+
+
+class Reads(Protocol):
+    """Windows in an order that a step's number alone decides."""
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Windows number `first` to `first + count - 1`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """All that a step needs. `trained` are the parameters that move, by name; all others need no gradient.
+
+    `sharded` says that FSDP sums gradients; else `average` does. `micro` windows go through the model at a time (None:
+    all of a process's share). `autocast` is the dtype of matrix products on an accelerator. `after` is called behind
+    every optimizer step with (step, rate) and returns numbers for the log: regularizers that are not part of the loss.
+    """
+
+    decoder: Decoder
+    trained: Mapping[str, nn.Parameter]
+    windows: Reads
+    recipe: Recipe
+    optimizers: Sequence[torch.optim.Optimizer]
+    objective: Objective = next_token
+    adapter: Trainable | None = None
+    world: World = ALONE
+    sharded: bool = False
+    micro: int | None = None
+    autocast: torch.dtype | None = None
+    after: Callable[[int, float], Mapping[str, float]] | None = None
+
+
+@dataclass(frozen=True)
+class Done:
+    """What one step was: `loss` in nats per scored token before the step, `norm` of its gradient before clipping."""
+
+    step: int
+    loss: float
+    norm: float
+    rate: float
+    tokens: int
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+def take_step(run: Run, step: int) -> Done:
+    """One step of the optimizer, on the windows that belong to it: the same ones however many processes share them.
+
+    Raises TltError where the loss is not finite, before any weight has moved, and where memory does not suffice.
+    """
+    world, recipe = run.world, run.recipe
+    mine = portion(recipe.batch, world)
+    batch = run.windows.batch(step * recipe.batch + mine.start, len(mine))
+    (count,) = summed(world, scored(batch))
+    if not count:
+        raise TltError(f"no token of step {step} is to be predicted: every document is one token long; give more text")
+    set_rate(run.optimizers, recipe.rate(step))
+    micro = run.micro or max(1, len(mine))
+    pieces = [batch[first : first + micro] for first in range(0, len(mine), micro)]
+    nll = torch.zeros((), device=run.decoder.device)
+    if run.adapter is not None:
+        run.adapter.advance(step, recipe.steps)
+    try:
+        for piece in pieces:
+            synchronize(run.decoder, last=piece is pieces[-1])
+            nll += _backward(run, piece.to(run.decoder.device), count, step)
+    except (RuntimeError, MemoryError) as error:
+        raise _memory(error, micro, recipe) from error
+    if not run.sharded:
+        average(run.trained.values(), world)
+    loss = summed(world, nll)[0] / count
+    if not math.isfinite(loss):
+        raise TltError(f"the loss is {loss} at step {step}; train at a lower rate than {recipe.learning_rate:g}")
+    norm = float(clip(run.trained.values(), recipe.clip or math.inf))
+    for optimizer in run.optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    numbers = {} if run.after is None else run.after(step, recipe.rate(step))
+    return Done(step, loss, norm, recipe.rate(step), recipe.tokens, numbers)
+
+
+def _backward(run: Run, piece: Batch, count: float, step: int) -> Tensor:
+    device = run.decoder.device.type
+    with contextlib.nullcontext() if run.autocast is None else torch.autocast(device, run.autocast):
+        loss = run.objective(run.decoder, piece)
+        total = loss_share(loss.total, count, run.world)
+        penalty = None if run.adapter is None else run.adapter.penalty(step, run.recipe.steps)
+        if penalty is not None:  # a mean over rows, as the loss is one over tokens
+            total = total + penalty * (len(piece.rows) * run.world.size / run.recipe.batch)
+    torch.autograd.backward(total)
+    return loss.nll
+
+
+def _memory(error: RuntimeError | MemoryError, micro: int, recipe: Recipe) -> BaseException:
+    """The error itself, or where memory ran out one that says which knob to turn to which value."""
+    short = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    if not short:
+        return error
+    if micro > 1:
+        return TltError(
+            f"out of memory with {micro} windows of {recipe.context} tokens at a time; try --micro-batch {micro // 2}: "
+            f"the same {recipe.batch} windows a step, and the same result, in more pieces"
+        )
+    return TltError(
+        f"out of memory with one window of {recipe.context} tokens; try --context {max(1, recipe.context // 2)}, or "
+        "train less of the model: --lora 8"
+    )
 
 
 def train(
     decoder: Decoder,
-    ids: torch.Tensor,
+    ids: Tensor,
     *,
-    steps: int,
-    learning_rate: float = 3e-3,
-    warm_up: int | None = None,
-    batch: int = 8,
-    context: int = 128,
-    weight_decay: float = 0.1,
-    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     log: Callable[[int, float], None] | None = None,
+    **recipe: Any,
 ) -> list[float]:
-    """Train all weights in place on ids [N]; returns the loss of each step's batch before the step, nats per token.
+    """Train all weights in place on ids [N]; returns the loss of each step, nats per token. `recipe` is a Recipe's.
 
-    A step sees `batch` windows of `context` tokens, drawn with `seed`: the same ones whatever the model. The rate rises
-    over `warm_up` steps (None: a tenth of them) and then falls to zero in a line. Only matrices decay. After each step
-    `progress(done, steps)` and `log(step, loss)` are called. Raises TltError for a text shorter than a window, and
-    where the loss is no longer finite.
+    After each step `progress(done, steps)` and `log(step, loss)` are called. Raises TltError as `take_step` does, and
+    for a text shorter than a window.
     """
-    parameters = list(decoder.parameters())
-    assert all(p.dtype in (torch.float32, torch.float64) for p in parameters), "weights are trained in float32"
-    if len(ids) < context:
-        raise TltError(f"the text has {len(ids)} tokens, less than one window of {context}; give more text")
-    warm_up = max(1, steps // 10) if warm_up is None else warm_up
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS)
-    generator = torch.Generator().manual_seed(seed)
+    chosen = Recipe(**recipe)
+    windows = Windows((of_ids(ids),), chosen.context, chosen.seed)
+    trained = dict(decoder.named_parameters())
+    run = Run(
+        decoder=decoder, trained=trained, windows=windows, recipe=chosen, optimizers=optimizers(trained, chosen),
+    )  # fmt: skip
     losses = []
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * rate(step, steps, warm_up)
-        loss = next_token_loss(decoder, draw(ids, batch, context, generator).to(decoder.device))
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise TltError(f"the loss is {losses[-1]} at step {step}; train at a lower rate than {learning_rate:g}")
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
+    for step in range(chosen.steps):
+        losses.append(take_step(run, step).loss)
         if log is not None:
             log(step, losses[-1])
         if progress is not None:
-            progress(step + 1, steps)
+            progress(step + 1, chosen.steps)
     return losses
 
 
-def rate(step: int, steps: int, warm_up: int) -> float:
-    """The share of the learning rate at a step, counted from 0: a line up, then a line down that ends at zero.
-
-    >>> [rate(step, 6, 2) for step in range(6)]
-    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
-    """
-    return min((step + 1) / warm_up, (steps - step) / (steps - warm_up)) if warm_up < steps else (step + 1) / warm_up
-
-
-def draw(ids: torch.Tensor, batch: int, context: int, generator: torch.Generator) -> torch.Tensor:
-    """Random windows [batch, context] of ids [N]."""
-    starts = torch.randint(0, len(ids) - context + 1, (batch,), generator=generator)
-    return ids[starts[:, None] + torch.arange(context)]
-
-
-def next_token_loss(decoder: Decoder, rows: torch.Tensor) -> torch.Tensor:
-    """Mean negative log-likelihood of every token but each row's first; rows [B, T], on the decoder's device."""
-    logits = decoder(rows)[:, :-1]
-    return functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-
-
-def held_out(decoder: Decoder, ids: torch.Tensor, *, context: int = 128) -> float:
+def held_out(decoder: Decoder, ids: Tensor, *, context: int = 128) -> float:
     """Mean loss on ids [N] in contiguous windows, nats per token: what `tlt eval` calls nll."""
     return float(perplexity(decoder, ids, context)["nll"])
-
-
-def training_flops(decoder: Decoder, tokens: int, *, context: int = 128) -> int:
-    """Floating-point operations of training on `tokens` tokens: forward, and backward at twice the price.
-
-    Six per weight of every matrix that multiplies (an embedding is looked up instead); as many for scores and values
-    per head entry, layer and position looked back on, which are half a window on average.
-    """
-    data = decoder.description
-    looked_up = {
-        data["roles"][role]["name"] + ".weight" for role in ("embedding", "positions") if role in data["roles"]
-    }
-    if data["tied"]:
-        looked_up.remove(data["roles"]["embedding"]["name"] + ".weight")
-    matrices = sum(p.numel() for name, p in decoder.named_parameters() if p.dim() > 1 and name not in looked_up)
-    attention: int = data["layers"] * data["heads"] * data["head_dim"] * context
-    return 6 * tokens * (matrices + attention)

@@ -1,0 +1,319 @@
+"""A training carried out: what is trained is opened, its text read, steps taken, and what came of it written."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tlt_cli.checkpoint.shards import is_single_file
+from tlt_cli.checkpoint.writer import check_target
+from tlt_cli.cli.console import Output, Table
+from tlt_cli.cli.execute import Outcome, shard_size
+from tlt_cli.cli.opening import parse_device
+from tlt_cli.cli.training_log import REGULARIZING, Journal, journal
+from tlt_cli.cli.training_output import derived_output, write_adapter, write_model
+from tlt_cli.cli.training_request import Request
+from tlt_cli.cli.training_start import Subject, Texts, read_texts, start, stream_info, teacher
+from tlt_cli.errors import UsageError, nearest
+from tlt_cli.model.decoder import Decoder
+from tlt_cli.model.perplexity import perplexity
+from tlt_cli.model.tree import Tree
+from tlt_cli.model.tree_start import aim
+from tlt_cli.training.ahead import Ahead
+from tlt_cli.training.flops import peak_flops, training_flops
+from tlt_cli.training.loop import Run, take_step
+from tlt_cli.training.objective import distillation, next_token
+from tlt_cli.training.optimizers import optimizers
+from tlt_cli.training.recipe import Recipe
+from tlt_cli.training.regularize import Regularizer, regularize, spectra, targets
+from tlt_cli.training.state import check_same, latest, load_state, read_extra, save_state
+from tlt_cli.training.windows import Windows
+from tlt_cli.training.world import World, replicate, shard, start_world
+
+_AIMED_AT = 32  # windows that the routers of a tree start from
+
+
+def train_model(request: Request, *, out: Output) -> Outcome:
+    """Train and write; with --dry-run say what would be. Notes and progress go to `out`.
+
+    Raises TltError, with nothing written but the states and the log of the run, for whatever cannot be done.
+    """
+    with start_world(parse_device(request.device)) as world:
+        with world.ranks.together():
+            subject = start(request, device=world.device, out=out)
+            output = request.output or derived_output(request, subject)
+            states = output.with_name(f"{output.name}.training")
+            finished = _check(request, subject, output, states, out)
+        if finished is not None:
+            return finished
+        with world.ranks.together():
+            texts = read_texts(request, subject, out=out)
+            recipe = request.recipe(context=texts.context, batch=texts.batch, windows=texts.windows.per_epoch)
+        return _Training(request, subject, texts, recipe, output, states, world, out).carried_out()
+
+
+def _check(request: Request, subject: Subject, output: Path, states: Path, out: Output) -> Outcome | None:
+    """Refuse an output that must not be written; where --resume finds the run's output there, that is the outcome."""
+    if request.adapts and is_single_file(output):
+        raise UsageError(f"-o {output}: an adapter is a folder of several files; give a name without a suffix")
+    if request.max_shard_size is not None:
+        shard_size(request.max_shard_size)
+    if output.exists() and request.resume and not request.force and not states.exists():
+        out.note(f"{output} is there, and no state of an unfinished run: nothing is left to do")
+        return Outcome({"operation": "train", "path": str(output), "finished": True}, Table(("", "value"), []))
+    force = request.force or (request.resume and states.exists() and latest(states) is not None and _done(states))
+    check_target(output, subject.values, force=force)
+    if latest(states) is not None and not request.resume and not request.dry_run:
+        if not request.force:
+            raise UsageError(
+                f"{states} holds the state of an unfinished run: --resume goes on with it, --force begins anew"
+            )
+        shutil.rmtree(states)
+    return None
+
+
+def _done(states: Path) -> bool:
+    """Whether the last state is that of a run whose output was being written."""
+    last = latest(states)
+    return last is not None and bool(read_extra(last).get("done"))
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One run: the request, what it is about, and where it goes."""
+
+    request: Request
+    subject: Subject
+    texts: Texts
+    recipe: Recipe
+    output: Path
+    states: Path
+    world: World
+    out: Output
+
+    def carried_out(self) -> Outcome:
+        decoder, world = self.subject.decoder, self.world
+        if self.recipe.batch < world.size:
+            raise UsageError(f"--batch-size {self.recipe.batch} is less than the {world.size} processes that share it")
+        trained, sharded = self._trained()
+        inside = {name for name in trained if any(name.startswith(room) for room in self._rooms())}
+        counted = {name: parameter.numel() for name, parameter in trained.items()}
+        report = self._report(counted)
+        if self.request.dry_run:
+            return Outcome({**report, "dry_run": True}, _table(report))
+        run = Run(
+            decoder=decoder, trained=trained, windows=self._windows(), recipe=self.recipe,
+            optimizers=optimizers(trained, self.recipe, blocks=inside), objective=self._objective(),
+            adapter=self.subject.adapter, world=world, sharded=sharded, micro=self.request.micro_batch,
+            autocast=None if sharded else self._precision(), after=self._after(),
+        )  # fmt: skip
+        first = self._resumed(run)
+        if first == 0 and isinstance(self.subject.adapter, Tree):
+            some = self.texts.windows.batch(0, min(_AIMED_AT, self.recipe.batch * 4)).to(decoder.device)
+            documents = None if some.documents is None else some.documents[:, :-1]
+            aim(self.subject.adapter, decoder, some.rows[:, :-1], documents)
+        evaluation, seconds = self._steps(run, first, counted)
+        report.update(evaluation=evaluation, seconds=seconds, resumed_at=first)
+        details: dict[str, Any] = {key: report[key] for key in ("recipe", "data", "trained", "evaluation")}
+        written = write_adapter if self.subject.adapter is not None else write_model
+        written(
+            self.request, self.subject, trained, self.output, details=details, world=world, changes=_changes(report),
+            force=self.request.force or first == self.recipe.steps, out=self.out,
+        )  # fmt: skip
+        with world.ranks.together():
+            if world.rank == 0 and self.states.exists():
+                gone = self.states.with_name(f".{self.states.name}.done")  # gone at once, whatever happens then
+                self.states.rename(gone)
+                shutil.rmtree(gone)
+        return Outcome(report, _table(report))
+
+    # --- what moves ------------------------------------------------------------------------------------------
+
+    def _trained(self) -> tuple[dict[str, nn.Parameter], bool]:
+        """The parameters that move, by name, and whether they are split over the ranks."""
+        decoder, adapter = self.subject.decoder, self.subject.adapter
+        if adapter is not None:
+            decoder.requires_grad_(False)
+            found = dict(adapter.named_parameters())
+            replicate(found.values(), self.world)
+            return found, False
+        if self.request.only:
+            names = [name for name, _ in decoder.named_parameters()]
+            for glob in self.request.only:
+                if not any(fnmatchcase(name, glob) for name in names):
+                    raise UsageError(f"--only {glob}: no tensor's name matches{nearest(glob, names)}")
+            for name, parameter in decoder.named_parameters():
+                parameter.requires_grad_(any(fnmatchcase(name, glob) for glob in self.request.only))
+            found = {name: parameter for name, parameter in decoder.named_parameters() if parameter.requires_grad}
+            replicate(decoder.parameters(), self.world)
+            return found, False
+        return shard(decoder, self.world, compute=self._precision()), self.world.size > 1
+
+    def _windows(self) -> Windows | Ahead:
+        """The windows to train on; where an accelerator is busy, the next ones are prepared meanwhile."""
+        return Ahead(self.texts.windows) if self.world.device.type == "cuda" else self.texts.windows
+
+    def _rooms(self) -> list[str]:
+        """What the names of parameters inside of blocks begin with."""
+        rooms = {id(room) for room in self.subject.decoder.rooms.values()}
+        return [f"{name}." for name, module in self.subject.decoder.named_modules() if id(module) in rooms]
+
+    def _precision(self) -> torch.dtype | None:
+        """The dtype of matrix products where it is not the weights' own: bfloat16 on accelerators."""
+        return torch.bfloat16 if self.world.device.type == "cuda" and self.request.precision != "float32" else None
+
+    def _objective(self) -> Any:
+        if self.request.distill is None:
+            return next_token
+        model = teacher(self.request, self.subject, device=self.world.device, out=self.out)
+        return distillation(model, share=self.request.distill_share)
+
+    def _after(self) -> Callable[[int, float], Mapping[str, float]] | None:
+        request = self.request
+        if request.regularizer is None:
+            return None
+        chosen = Regularizer(request.regularizer, request.strength, request.target_rank, request.regularize_every)
+        matrices = targets(self.subject.decoder, only=request.regularize_only)
+
+        def after(step: int, rate: float) -> Mapping[str, float]:
+            began = time.perf_counter()
+            numbers = regularize(matrices, chosen, rate=rate, step=step)
+            return {**numbers, REGULARIZING: time.perf_counter() - began}
+
+        return after
+
+    # --- the steps -------------------------------------------------------------------------------------------
+
+    def _same(self) -> dict[str, Any]:
+        """What a run that is resumed must have in common with the one that was interrupted."""
+        recipe = {**self.recipe.data(), "command": self.request.command(self.subject.name)}
+        return {
+            **recipe,
+            "data": [stream_info(stream) for stream in self.texts.windows.streams],
+            "model": self.subject.digest,
+        }
+
+    def _resumed(self, run: Run) -> int:
+        """The step to go on from; with --resume the weights and optimizers are then those of the last state."""
+        last = latest(self.states) if self.request.resume else None
+        if last is None:
+            if self.request.resume:
+                self.out.note(f"no state in {self.states} yet: beginning at the first step")
+            return 0
+        check_same(read_extra(last), self._same(), last)
+        step = int(load_state(last, run.trained, run.optimizers, world=self.world)["step"])
+        self.out.note(f"resuming at step {step:,} of {self.recipe.steps:,} from {last}")
+        return step
+
+    def _save(self, run: Run, step: int) -> None:
+        extra = {"recipe": self._same(), "done": step == self.recipe.steps}
+        save_state(self.states, step, run.trained, run.optimizers, extra, world=self.world)
+
+    def _steps(self, run: Run, first: int, counted: Mapping[str, int]) -> tuple[dict[str, Any], float]:
+        steps, request = self.recipe.steps, self.request
+        evaluating, saving = request.every(request.eval_every, steps), request.every(request.save_every, steps)
+        adapted = sum(counted.values()) if self.subject.adapter is not None else 0
+        cost = training_flops(
+            self.subject.decoder, self.recipe.tokens, context=self.recipe.context,
+            trained=() if adapted else counted, adapter=adapted,
+        )  # fmt: skip
+        peak, origin = peak_flops(self.world.device)
+        self.out.detail(f"MFU counts {cost:.3g} operations a step, of {peak:.3g} a second: {origin}")
+        began = time.perf_counter()
+        evaluation: dict[str, Any] = {}
+        with self._compiled(), journal(
+            self.output, first=first, steps=steps, cost=cost, peak=peak * self.world.size, out=self.out,
+            leads=self.world.rank == 0, boards=request.tensorboard,
+        ) as log:  # fmt: skip
+            if first == 0 or first == steps:
+                evaluation = self._evaluated(log, first)
+            for step in range(first, steps):
+                start = time.perf_counter()
+                done = take_step(run, step)
+                log.step(done, time.perf_counter() - start)
+                last = step + 1 == steps
+                if last or (step + 1) % evaluating == 0:
+                    evaluation = self._evaluated(log, step + 1)
+                if saving and (last or (step + 1) % saving == 0):
+                    self._save(run, step + 1)
+        return evaluation, time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def _compiled(self) -> Any:
+        if not self.request.compile:
+            yield
+            return
+        decoder = self.subject.decoder
+        decoder.compile()
+        yield
+
+    def _evaluated(self, log: Journal, step: int) -> dict[str, Any]:
+        numbers = evaluate(self.subject.decoder, self.subject.adapter, self.texts)
+        if self.request.regularizer is not None:
+            numbers.update(spectra(targets(self.subject.decoder, only=self.request.regularize_only)))
+        if numbers:
+            log.evaluation(step, numbers)
+        return numbers
+
+    # --- what is said of it ----------------------------------------------------------------------------------
+
+    def _report(self, counted: Mapping[str, int]) -> dict[str, Any]:
+        whole = sum(parameter.numel() for parameter in self.subject.decoder.parameters())
+        return {
+            "operation": "train", "command": self.request.command(self.subject.name), "path": str(self.output),
+            "source": self.request.source, "recipe": self.recipe.data(),
+            "tokens": self.recipe.steps * self.recipe.tokens, "data": self.texts.info, "parameters": whole,
+            "trained": {"tensors": len(counted), "parameters": sum(counted.values())},
+        }  # fmt: skip
+
+
+@torch.no_grad()
+def evaluate(decoder: Decoder, adapter: Any, texts: Texts) -> dict[str, Any]:
+    """The loss on the held-out text, nats per token, and of several streams on each; of a tree soft and hard."""
+    if not texts.held:
+        return {}
+    if not isinstance(adapter, Tree):
+        return _losses(decoder, texts)
+    adapter.eval()
+    soft = _losses(decoder, texts)
+    adapter.report()
+    adapter.hard = True
+    hard = _losses(decoder, texts)
+    adapter.hard = False
+    numbers = {**hard, "soft_loss": soft["loss"], "gap": hard["loss"] - soft["loss"], **adapter.report()}
+    adapter.train()
+    return numbers
+
+
+def _losses(decoder: Decoder, texts: Texts) -> dict[str, float]:
+    found = [perplexity(decoder, rows.flatten(), rows.shape[1]) for _, rows in texts.held]
+    tokens = sum(each["tokens"] for each in found)
+    numbers = {"loss": sum(each["nll"] * each["tokens"] for each in found) / tokens}
+    if len(found) > 1:
+        numbers.update({f"loss_{name}": each["nll"] for (name, _), each in zip(texts.held, found, strict=True)})
+    return numbers
+
+
+def _changes(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    return [("steps", "", f"{report['recipe']['steps']:,}"), ("tokens", "", f"{report['tokens']:,}")]
+
+
+def _table(report: Mapping[str, Any]) -> Table:
+    rows: list[Sequence[Any]] = [
+        ("steps", report["recipe"]["steps"]), ("tokens", report["tokens"]), ("parameters", report["parameters"]),
+        ("of them, or beside them, trained", report["trained"]["parameters"]),
+    ]  # fmt: skip
+    for name, value in report.get("evaluation", {}).items():
+        rows.append((name.replace("_", " "), value if isinstance(value, int | float) else str(value)))
+    if "seconds" in report:
+        rows.append(("seconds", round(report["seconds"], 1)))
+    return Table(("", "value"), rows)

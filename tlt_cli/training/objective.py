@@ -1,0 +1,105 @@
+"""What training minimizes, summed over the tokens that are scored: the next token, or another model's opinion of it.
+
+An objective is given the decoder and a batch and returns a `Loss`. Objectives that run a model at several sizes go here
+too: the loop only adds up and divides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from tlt_cli.model.decoder import Decoder
+from tlt_cli.training.windows import IGNORED, Batch, targets
+
+LOGIT_BYTES = 1 << 28  # of logits that are kept at once; larger ones are made again on the way back
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Sums over scored tokens: `total` is differentiated, `nll` is the cross-entropy in it, detached."""
+
+    total: Tensor
+    nll: Tensor
+
+
+Objective = Callable[[Decoder, Batch], Loss]
+
+
+def next_token(decoder: Decoder, batch: Batch) -> Loss:
+    """Cross-entropy of every row's tokens but its first, within documents."""
+    wanted = targets(batch)
+    total = _run(decoder, batch, partial(_in_chunks, partial(_cross_entropy, decoder), decoder, wanted=wanted))
+    return Loss(total, total.detach())
+
+
+def distillation(teacher: Decoder, *, share: float = 1.0, temperature: float = 1.0) -> Objective:
+    """KL(teacher || model) of the next token's distributions, `share` of it, the rest cross-entropy (arXiv:1503.02531).
+
+    Both distributions are softened by `temperature`, the divergence multiplied by its square. Same tokenizer only.
+    """
+
+    def objective(decoder: Decoder, batch: Batch) -> Loss:
+        wanted = targets(batch)
+        with torch.no_grad():
+            seen = _run(teacher, batch, lambda stream: stream)
+
+        def read(stream: Tensor) -> tuple[Tensor, Tensor]:
+            both = torch.cat([stream, seen.to(stream.dtype)], dim=-1)  # cut into chunks together
+            width = stream.shape[-1]
+            divergence = partial(_divergence, decoder, teacher, width, temperature)
+            kl = _in_chunks(divergence, decoder, both, wanted=wanted)
+            with torch.set_grad_enabled(share < 1 and torch.is_grad_enabled()):
+                nll = _in_chunks(partial(_cross_entropy, decoder), decoder, stream, wanted=wanted)
+            return kl, nll
+
+        kl, nll = _run(decoder, batch, read)
+        return Loss(share * kl + (1 - share) * nll if share < 1 else kl, nll.detach())
+
+    return objective
+
+
+def scored(batch: Batch) -> int:
+    """How many of a batch's tokens are predicted."""
+    return batch.rows[:, 1:].numel() if batch.documents is None else int((targets(batch) != IGNORED).sum())
+
+
+def _run(decoder: Decoder, batch: Batch, read: Callable[[Tensor], Any]) -> Any:
+    documents = None if batch.documents is None else batch.documents[:, :-1]
+    return decoder(batch.rows[:, :-1], documents=documents, read=read)
+
+
+def _in_chunks(loss: Callable[[Tensor, Tensor], Tensor], decoder: Decoder, stream: Tensor, *, wanted: Tensor) -> Tensor:
+    """The sum of loss(stream [1, n, H], wanted [n]) over chunks of tokens whose logits fit LOGIT_BYTES."""
+    flat, wanted = stream.flatten(0, 1)[None], wanted.flatten()
+    most = max(1, LOGIT_BYTES // (4 * int(decoder.description["vocab"])))
+    if flat.shape[1] <= most:
+        return loss(flat, wanted)
+    parts = [
+        checkpoint(loss, some, words, use_reentrant=False) if torch.is_grad_enabled() else loss(some, words)
+        for some, words in zip(torch.split(flat, most, 1), torch.split(wanted, most), strict=True)
+    ]
+    return torch.stack(parts).sum()
+
+
+def _cross_entropy(decoder: Decoder, stream: Tensor, wanted: Tensor) -> Tensor:
+    logits = decoder.logits(stream)[0]
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return functional.cross_entropy(wide, wanted, ignore_index=IGNORED, reduction="sum")
+
+
+def _divergence(
+    decoder: Decoder, teacher: Decoder, width: int, temperature: float, both: Tensor, wanted: Tensor
+) -> Tensor:
+    own = (decoder.logits(both[..., :width])[0].float() / temperature).log_softmax(-1)
+    with torch.no_grad():
+        other = (teacher.logits(both[..., width:])[0].float() / temperature).log_softmax(-1)
+    each = functional.kl_div(own, other, log_target=True, reduction="none").sum(-1)
+    return each.masked_fill(wanted == IGNORED, 0.0).sum() * temperature**2
