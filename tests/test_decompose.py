@@ -13,8 +13,17 @@ from torch import Tensor
 
 from tlt_cli.errors import TltError, UsageError
 from tlt_cli.surgery import decompose as module
-from tlt_cli.surgery.decompose import DAMPING, Decomposition, decompose
-from tlt_cli.surgery.metrics import METHODS, Factorization, Seen, Weighted, check_method, factorize
+from tlt_cli.surgery.decompose import DAMPING, Decomposition, decompose, truncated
+from tlt_cli.surgery.metrics import (
+    METHODS,
+    Factorization,
+    Seen,
+    Weighted,
+    check_method,
+    energy,
+    factorize,
+    needs_entries,
+)
 
 EXACT = 1e-6  # of the whole norm: what factors in float32 can tell
 
@@ -170,6 +179,28 @@ def test_float32_is_enough_where_values_are_near_each_other(monkeypatch: pytest.
         assert found.error(rank) == pytest.approx(float(exact[rank:].norm()), rel=1e-5)
 
 
+def falling(gap: int) -> Tensor:
+    """Singular values 2 down to 1, and behind `gap` of them a tenth of that."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(size, 90, generator=generator))[0] for size in (90, 150))
+    values = torch.linspace(2, 1, 90) * torch.where(torch.arange(90) < gap, 1.0, 0.1)
+    return (left * values) @ right.T
+
+
+def test_one_rank_alone_is_the_best_or_is_not_given() -> None:
+    """Where values fall off behind the rank a quick look finds what all the work does; where they do not it says so."""
+    for scale in (1.0, 1e-30):
+        weight = scale * falling(gap=8)
+        found, best = truncated(weight, 8), decompose(weight)
+        assert found is not None and found.error(8) == pytest.approx(best.error(8), rel=1e-5)
+        a, b = found.factors(8)
+        assert float((weight.double() - b.double() @ a.double()).norm()) == pytest.approx(found.error(8), rel=1e-5)
+        assert found.singular.tolist() == pytest.approx(best.singular[:8].tolist(), rel=1e-5)
+        assert truncated(weight, 20) is None, "in the middle of a flat bulk"
+    assert truncated(torch.zeros(30, 40), 2) is None
+    assert torch.equal(truncated(weight, 8).factors(8)[0], a)
+
+
 def test_zero_matrices_and_silent_moments() -> None:
     found = decompose(torch.zeros(4, 6), inputs=torch.eye(6, dtype=torch.float64))
     assert found.error(1) == 0 and not (found.factors(2)[1] @ found.factors(2)[0]).any()
@@ -236,6 +267,37 @@ def test_each_method_is_the_best_in_what_it_minimises() -> None:
         assert min(losses, key=losses.__getitem__) == name, losses
         assert made[name].error(rank) == pytest.approx(losses[name], rel=1e-5)
         assert made[name].energy == pytest.approx(float(measure(weight.double())) ** 2, rel=1e-5)
+
+
+def test_energy_is_what_the_factors_say_they_lose() -> None:
+    weight = torch.randn(14, 20, generator=torch.Generator().manual_seed(0))
+    inputs, outputs = moment("few tokens", 20, 1), moment("full", 14, 2)
+    importance = torch.rand(14, 20, generator=torch.Generator().manual_seed(3), dtype=torch.float64) ** 4
+    assert inputs is not None
+    seen = Seen(inputs, 3 * inputs.diagonal().square(), outputs, importance)
+    for method in METHODS:
+        found = factorize(weight, method, seen)
+        a, b = found.factors(5)
+        change = weight.double() - b.double() @ a.double()
+        assert energy(change, method, seen) == pytest.approx(found.error(5) ** 2, rel=1e-5), method
+        assert energy(weight, method, seen) == pytest.approx(found.energy, rel=1e-6), method
+        for other in METHODS:
+            assert (energy(change, other, seen) == pytest.approx(found.error(5) ** 2, rel=1e-2)) == (other == method)
+    silent = Seen(inputs, outputs=torch.zeros(14, 14))
+    assert energy(weight, "kfac", silent) == pytest.approx(energy(weight, "whiten", silent))
+    assert {method for method in METHODS if needs_entries(method)} == {"weighted", "fisher"}
+
+
+def test_fwsvd_is_weighed_by_row_sums_of_the_importance() -> None:
+    """Not by a product of moments, which is another matrix's truncation where gradients and inputs go together."""
+    weight = torch.randn(14, 20, generator=torch.Generator().manual_seed(0))
+    importance = torch.rand(14, 20, generator=torch.Generator().manual_seed(3), dtype=torch.float64) ** 8
+    found = factorize(weight, "fisher", Seen(importance=importance))
+    scale = importance.sum(0).sqrt()
+    expected = float(torch.linalg.svdvals(weight.double() * scale)[5:].norm())
+    assert found.error(5) == pytest.approx(expected, rel=1e-5)
+    product = Seen(inputs=torch.ones(20), outputs=torch.ones(14))
+    assert factorize(weight, "fisher", product).error(5) != pytest.approx(expected, rel=1e-2)
 
 
 def test_weights_that_are_a_product_have_a_closed_form() -> None:

@@ -110,6 +110,31 @@ def test_options_never_reach_break_even() -> None:
             assert offered[-1].rank is None and offered[-1].parameters == matrix.size
 
 
+def test_aligned_ranks() -> None:
+    spectrum = torch.tensor([4.0, 2.0, 1.0, 0.5, *[0.01] * 20])
+    assert at_keep(MATRICES, 0.7, align=4).by_slot == {"a": 8, "b": 8, "c": 4}
+    assert at_keep(MATRICES, 0.7).by_slot == {"a": 10, "b": 10, "c": 4}
+    assert at_keep(MATRICES, 0.1, align=8).by_slot == {"a": 8, "b": 8, "c": None}, "8 saves nothing in c"
+    assert at_energy(MATRICES[:1], {"a": spectrum}, 0.95).by_slot == {"a": 3}
+    assert at_energy(MATRICES[:1], {"a": spectrum}, 0.95, align=4).by_slot == {"a": 4}
+    assert at_rank(MATRICES, 8, align=4).by_slot == {"a": 8, "b": 8, "c": None}
+    with pytest.raises(UsageError, match="no multiple of --align 4; take 8"):
+        at_rank(MATRICES, 10, align=4)
+    (whole,) = choices(MATRICES[2], torch.zeros(9), align=16)
+    assert whole.rank is None
+
+
+@pytest.mark.parametrize("options", [(), ("--allocate", "global"), ("text",), ("text", "--refine", "none")], ids=str)
+def test_an_aligned_file(llama: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    text = ("--calibration", llama.parent / "text.txt", "--context", "32") if "text" in options else ()
+    more = ("--method", "whiten") if options == ("text",) else ()
+    words = (*(word for word in options if word != "text"), *text, *more, "--keep", "0.6")
+    found = [factored(llama, *words, *align, "-o", tmp_path / f"out{len(align)}") for align in ((), ("--align", "4"))]
+    plain, aligned = ({rank for rank in report["ranks"].values() if rank} for report in found)
+    assert any(rank % 4 for rank in plain) and aligned and all(rank % 4 == 0 for rank in aligned)
+    assert "--align 4" in found[1]["command"] and found[1]["keep"] <= 0.6
+
+
 def test_losses_are_the_tails() -> None:
     assert losses(torch.tensor([3.0, 2.0, 1.0])).tolist() == [14.0, 5.0, 1.0, 0.0]
 
@@ -141,8 +166,11 @@ def test_factors_and_their_product_are_the_same_model(tmp_path: Path, family: st
 def test_the_reported_error_is_that_of_the_file(llama: Path, tmp_path: Path) -> None:
     report = factored(llama, "--rank", "5", "-o", tmp_path / "out")
     old, new = load_file(llama / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
-    assert report["verification"]["errors"].keys() == {s for s, rank in report["ranks"].items() if rank is not None}
+    assert report["verification"]["errors"].keys() == report["ranks"].keys()
+    assert all((error == 0) == (report["ranks"][s] is None) for s, error in report["verification"]["errors"].items())
     for slot, error in report["verification"]["errors"].items():
+        if report["ranks"][slot] is None:
+            continue
         weight = old[f"{slot}.weight"].double()
         product = (new[f"{slot}.lowrank_b.weight"] @ new[f"{slot}.lowrank_a.weight"]).double()
         measured = float((weight - product).norm() / weight.norm())
@@ -151,7 +179,7 @@ def test_the_reported_error_is_that_of_the_file(llama: Path, tmp_path: Path) -> 
 
 
 def test_a_wrong_factor_is_not_written(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control of the check: factors that lose more than their spectrum says."""
+    """The control of the check: factors that lose more than they say."""
     from tlt_cli.surgery.factorizations import Factorizations
 
     right = Factorizations.factors
@@ -242,6 +270,8 @@ WRONG = {
     ("--keep", "0.5", "--method", "svdd"): "did you mean 'svd'",
     ("--keep", "0.5", "--format", "sparse"): "--format sparse",
     ("--rank", "4", "--allocate", "global"): "say --keep with it",
+    ("--rank", "5", "--align", "4"): "no multiple of --align 4",
+    ("--rank-sweep", "--ranks", "3,5", "--align", "4"): "--align 4: none of the ranks",
     ("--rank", "4", "--only", "*.mlp.dwn"): "--only *.mlp.dwn",
     ("--rank", "4", "--rank-sweep"): "give one of them",
     ("--rank", "4", "--plot", "a.png"): "--rank-sweep",

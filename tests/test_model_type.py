@@ -14,7 +14,10 @@ import transformers
 from factored import FULL, MIX, WAYS, apart, case, case_of, modules_cache, remote  # noqa: F401
 from family_zoo import ZOO, make_checkpoint, some_ids, stock_logits
 from growing import opened
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from tlt_cli.cli import app
 from tlt_cli.errors import TltError
 from tlt_cli.model.modeling import MODELING
 from tlt_cli.model.weights import load_checkpoint
@@ -151,6 +154,95 @@ def test_scaled_rotations(tmp_path: Path, scaling: dict[str, Any] | None) -> Non
     if scaling is not None:
         edited(source, rope_scaling=None)
         assert apart(stock_logits(source, ids), logits) > 0.01, "scaled too little to tell anything"
+
+
+OWN = {
+    "architectures": ["OwnForCausalLM"], "model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"},
+    "vocab_size": 20, "rope_scaling": {"type": "own"},
+}  # fmt: skip
+
+
+def tlt(*arguments: str | Path) -> Any:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="tlt")
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def of_no_family(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(4)
+    shapes = {"conv.weight": (12, 4, 3, 3), "head": (20, 30), "scale": (7,), "body.0.weight": (40, 24)}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(OWN))
+    return folder, tensors
+
+
+@pytest.mark.parametrize("bits", [[], ["--bits", "8"]], ids=["floats", "codes"])
+def test_of_no_family_it_is_no_stock_type_either(tmp_path: Path, bits: list[str]) -> None:
+    """A stock class would make up the matrices that it does not find; folded it is what it was."""
+    source, before = of_no_family(tmp_path / "source")
+    result = tlt("factor", source, "--rank", "5", *bits, "-o", tmp_path / "factored", "-q")
+    assert result.exit_code == 0, result.stderr
+    written = config(tmp_path / "factored")
+    assert written["model_type"] == "tlt" and not {"architectures", "auto_map"} & written.keys()
+    assert written["lowrank"]["dense_model_type"] == "own" and written["lowrank"].get("bits") == (8 if bits else None)
+    for auto in AUTO:
+        for trust in (True, False):
+            with pytest.raises(ValueError, match="tlt"):
+                auto.from_pretrained(tmp_path / "factored", trust_remote_code=trust)
+    again = tlt("factor", tmp_path / "factored", "--rank", "2", "-o", tmp_path / "twice", "-q")
+    assert again.exit_code == 1 and "tlt fold" in again.stderr
+    folded = tlt("fold", tmp_path / "factored", "-o", tmp_path / "plain", "-q", "--json")
+    assert folded.exit_code == 0, folded.stderr
+    assert config(tmp_path / "plain") == OWN
+    after, stored = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "factored"))
+    assert {name: (t.shape, t.dtype) for name, t in after.items()} == {n: (t.shape, t.dtype) for n, t in before.items()}
+    assert torch.equal(after["scale"], before["scale"])
+    for slot, name in {"conv": "conv.weight", "head": "head", "body.0": "body.0.weight"}.items():
+        a, b = (stored[f"{slot}.lowrank_{side}.weight"].double() for side in "ab")
+        if bits:
+            assert stored[f"{slot}.lowrank_a.weight"].dtype == torch.int8
+            a, b = (f * stored[f"{slot}.lowrank_{s}.scale"].double()[:, None] for f, s in ((a, "a"), (b, "b")))
+        torch.testing.assert_close(after[name].flatten(1), (b @ a).float(), rtol=1e-6, atol=1e-6)
+        assert (after[name] - before[name]).norm() > 0.1 * before[name].norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("body.0.lowrank_a.scale", None, "body.0.lowrank_a.scale is missing"),
+        ("head.lowrank_b.weight", None, "head.lowrank_b.weight is missing"),
+        ("head.lowrank_b.scale", torch.ones(3), "a scale for each of their rows"),
+        ("head.lowrank_b.weight", torch.ones(20, 5), "expected int8 codes"),
+        ("head.lowrank_b.weight", torch.ones(20, 4, dtype=torch.int8), "the rank 5"),
+        ("other.lowrank_b.scale", torch.ones(3), "no such factor"),
+        ("conv.weight", torch.ones(12, 4, 3, 3), "stored as factors"),
+    ],
+)
+def test_what_no_family_knows_is_checked_before_it_is_folded(
+    tmp_path: Path, name: str, value: torch.Tensor | None, says: str
+) -> None:
+    source, _ = of_no_family(tmp_path / "source")
+    folder = tmp_path / "factored"
+    assert tlt("factor", source, "--rank", "5", "--bits", "8", "-o", folder, "-q").exit_code == 0
+    file = folder / "model.safetensors"
+    kept = {key: tensor for key, tensor in load_file(file).items() if key != name}
+    save_file(kept if value is None else {**kept, name: value}, file, {"format": "pt"})
+    result = tlt("fold", folder, "-o", tmp_path / "plain", "-q")
+    assert result.exit_code == 1 and says in result.stderr and not (tmp_path / "plain").exists(), result.stderr
+
+
+def test_sizes_of_before_that_cannot_be(tmp_path: Path) -> None:
+    source, _ = of_no_family(tmp_path / "source")
+    folder = tmp_path / "factored"
+    assert tlt("factor", source, "--rank", "5", "-o", folder, "-q").exit_code == 0
+    said = config(folder)["lowrank"]
+    for wrong in (7, {"head": 7}, {"head": {"name": "head", "shape": [20, 31]}}, {"head": {"name": 1, "shape": [20]}}):
+        edited(folder, lowrank={**said, "tensors": wrong})
+        result = tlt("fold", folder, "-o", tmp_path / "plain", "-q")
+        assert result.exit_code == 1 and "lowrank.tensors" in result.stderr and not (tmp_path / "plain").exists()
 
 
 def test_the_tokenizer(tmp_path: Path) -> None:

@@ -79,6 +79,24 @@ def test_every_point_is_what_writing_it_gives(llama: Path, tmp_path: Path) -> No
     assert dense["error"] == 0 and dense["keep"] == 1 and dense["perplexity"] == pytest.approx(base["perplexity"])
 
 
+@pytest.mark.parametrize("rank", [2, 5])
+def test_large_matrices_at_a_low_rank(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """Looked for alone or picked from a sweep the bytes are the same; what is not proven goes the whole way."""
+    whole, few = [], []
+    right, quick = factorizations.factorize, factorizations.truncated
+    monkeypatch.setattr(factorizations, "LARGE", 16)
+    monkeypatch.setattr(factorizations, "_SHARE", 8)
+    monkeypatch.setattr(factorizations, "factorize", lambda *given: (whole.append(1), right(*given))[1])
+    monkeypatch.setattr(factorizations, "truncated", lambda *given: (few.append(quick(*given)), few[-1])[1])
+    tlt("factor", llama, "--rank", str(rank), "-o", tmp_path / "alone", "--json")
+    assert bool(few) == (rank == 2) and len(whole) == 14 - sum(one is not None for one in few[:14])
+    text = ("--eval", llama.parent / "text.txt", "--context", "32", "--max-perplexity", "1e9")
+    tlt("factor", llama, "--ranks", str(rank), *text, "-o", tmp_path / "picked")
+    assert load_file(tmp_path / "alone" / "model.safetensors").keys()
+    for name, value in load_file(tmp_path / "alone" / "model.safetensors").items():
+        assert torch.equal(value, load_file(tmp_path / "picked" / "model.safetensors")[name]), name
+
+
 def test_one_decomposition_per_matrix(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     right = factorizations.factorize

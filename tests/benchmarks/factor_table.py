@@ -19,6 +19,7 @@ from pathlib import Path
 ROWS = {
     "plain SVD": ["--method", "svd"],
     "FWSVD": ["--method", "fisher", "--allocate", "uniform", "--refine", "none"],
+    "every entry by its squared gradient": ["--method", "weighted", "--allocate", "uniform", "--refine", "none"],
     "ASVD": ["--method", "activation", "--allocate", "uniform", "--refine", "none"],
     "SVD-LLM's optimum": ["--method", "whiten", "--allocate", "uniform", "--refine", "none"],
     "raw energy, allocated": ["--method", "whiten", "--allocate", "global", "--refine", "none"],

@@ -24,12 +24,13 @@ Tap = Callable[[str, int, Tensor, Tensor], None]
 
 class Blocks:
     """A decoder whose tensors are read when first used and kept until `release`; `replaced` ones come from there.
+    With `keeps=False` each is read whenever it is used, for running all blocks in a row.
 
     `replaced` maps stored tensor names to functions that give the tensor to use instead: a product of factors, say.
     """
 
-    def __init__(self, values: Tensors, fitted: Fit, *, dtype: torch.dtype = torch.float32) -> None:
-        self._values = values
+    def __init__(self, values: Tensors, fitted: Fit, *, dtype: torch.dtype = torch.float32, keeps: bool = True) -> None:
+        self._values, self._keeps = values, keeps
         self._held: dict[str, Tensor] = {}
         self.replaced: dict[str, Callable[[], Tensor]] = {}
         self.decoder = Decoder.stream(describe(fitted), self._fetch, self._rows, dtype=dtype)
@@ -46,9 +47,12 @@ class Blocks:
 
     def original(self, name: str) -> Tensor:
         """A stored tensor, whatever it is replaced with."""
-        if name not in self._held:
-            self._held[name] = self._values.read(name).to(self.decoder._like)
-        return self._held[name]
+        if name in self._held:
+            return self._held[name]
+        value = self._values.read(name).to(self.decoder._like)
+        if self._keeps:
+            self._held[name] = value
+        return value
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids [N, T] -> the stream in front of the first block [N, T, H]."""

@@ -67,8 +67,12 @@ def model_card(
     *,
     changes: Sequence[tuple[str, str, str]],
     notes: Sequence[str] = (),
+    library: str = "transformers",
+    relation: str = "finetune",
 ) -> str:
     """README.md of what was made of `checkpoint`; `changes` are rows of (what, before, after).
+
+    `library` loads it, and `relation` is what it is to its base model, in the words of the hub.
 
     Licence, language and task are carried over from the source's own card; the base model is the source's repository,
     or what the source said it was based on.
@@ -80,9 +84,9 @@ def model_card(
     carried = {key: source.get(key) for key in _CARRIED_OVER if source.get(key) is not None}
     tags = [*_strings(source.get("tags")), "tlt", lineage["operation"]]
     data = ModelCardData(
-        library_name="transformers",
+        library_name=library,
         base_model=base or None,
-        base_model_relation="finetune" if base else None,
+        base_model_relation=relation if base else None,
         tags=list(dict.fromkeys(tags)),
         **carried,
     )

@@ -87,10 +87,10 @@ def plan_files(
         assert not beside, "a single file has nothing beside it"
         return Layout((_shard(output.name, tensors, metadata),), {})
     groups = _by_source(tensors, values) if max_shard_size is None else _by_size(tensors, max_shard_size)
+    groups = groups if tensors or not beside else []  # an adapter is no model: its file stands alone
     count = len(groups)
-    names = (
-        [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)] if count > 1 else [SINGLE]
-    )
+    names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    names = names if count > 1 else [SINGLE][:count]
     shards = tuple(_shard(name, group, metadata) for name, group in zip(names, groups, strict=True))
     texts = {CONFIG: _json(config)} if config else {}
     if count > 1:

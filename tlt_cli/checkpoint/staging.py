@@ -116,7 +116,7 @@ def staged(output: Path, *, force: bool) -> Iterator[Stage]:
     try:
         with plain_errors(output):
             output.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(stage):
+        with locked(stage):
             try:
                 with plain_errors(output):
                     _clear(stage)
@@ -156,7 +156,8 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _locked(stage: Stage) -> Iterator[None]:
+def locked(stage: Stage) -> Iterator[None]:
+    """The stage is this run's alone. Raises TltError while another run has it."""
     import fcntl
 
     path = stage.output.with_name(f"{stage.folder.name}.lock")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tlt_cli.cli.console import Output
 from tlt_cli.cli.measuring import USUAL_CONTEXT, positions
@@ -12,30 +13,41 @@ from tlt_cli.errors import TltError
 from tlt_cli.families import Fit
 from tlt_cli.model.text import Tokens, load_tokens
 from tlt_cli.surgery.matrices import LINEARS, Matrix
-from tlt_cli.surgery.metrics import Seen, needs_gradients
+from tlt_cli.surgery.metrics import Seen, needs_entries, needs_gradients
 
 if TYPE_CHECKING:
     from tlt_cli.cli.factor_request import Request
     from tlt_cli.cli.factoring import Opened
 
+MOST_TOKENS = 1 << 18  # of the text, evenly spread over it: second moments settle long before
 
-def seen_by_text(opened: Opened, request: Request, *, out: Output) -> Callable[[Matrix], Seen | None]:
-    """Run the model on the calibration text and return what it shows of a matrix. Raises TltError where nothing can."""
+
+def seen_by_text(
+    opened: Opened, request: Request, *, out: Output
+) -> tuple[Callable[[Matrix], Seen | None], dict[str, Any]]:
+    """Run the model on the calibration text and return what it shows of a matrix, and what is recorded of the text.
+
+    Raises TltError where nothing can be run.
+    """
     from tlt_cli.calibration.blocks import Blocks, calibration_windows
     from tlt_cli.calibration.moments import moments
 
     fitted, tokens, context = calibration_text(opened, request, out=out)
-    ids = calibration_windows(tokens.ids, context)
-    gradients = needs_gradients(request.weighing)
+    ids = calibration_windows(tokens.ids, context, max(1, MOST_TOKENS // context))
+    gradients, entries = needs_gradients(request.weighing), needs_entries(request.weighing)
     with out.progress(f"calibrating on {tokens.info['source']}") as progress:
-        found = moments(Blocks(opened.checkpoint, fitted), ids, gradients=gradients, progress=progress)
+        found = moments(Blocks(opened.checkpoint, fitted), ids, gradients=gradients, entries=entries, progress=progress)
 
     def seen(matrix: Matrix) -> Seen:
         assert matrix.layer is not None and matrix.role is not None
-        at = (matrix.layer, matrix.role)
-        return Seen(found.inputs(*at), found.absolute(*at), found.outputs(*at) if gradients else None)
+        return found.seen(matrix.layer, matrix.role, request.weighing)
 
-    return seen
+    return seen, recorded(tokens, ids.numel())
+
+
+def recorded(tokens: Tokens, count: int) -> dict[str, Any]:
+    """What a report says of a calibration text, of which `count` tokens were read: not where it lies."""
+    return {**tokens.info, "source": Path(str(tokens.info["source"])).name, "tokens": count}
 
 
 def calibration_text(opened: Opened, request: Request, *, out: Output) -> tuple[Fit, Tokens, int]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,31 +15,44 @@ from torch import Tensor
 
 from tlt_cli.calibration.blocks import Blocks, calibration_windows
 from tlt_cli.calibration.compress import Compressed, install, refine, start_from, start_globally
-from tlt_cli.calibration.pieces import Dense, Low
+from tlt_cli.calibration.pieces import Low, put_together, slot_of
 from tlt_cli.checkpoint.cast import torch_dtype
 from tlt_cli.checkpoint.lazy import Checkpoint
 from tlt_cli.checkpoint.reader import open_checkpoint
 from tlt_cli.checkpoint.shards import is_single_file
-from tlt_cli.cli.calibrating import calibration_text
+from tlt_cli.cli.calibrating import MOST_TOKENS, calibration_text, recorded
 from tlt_cli.cli.console import Output
 from tlt_cli.cli.execute import Outcome, Writing, carry_out, retyped
 from tlt_cli.cli.factor_request import DENSE, Request
-from tlt_cli.cli.factoring import Opened, chosen_ranks, decomposed, eval_text, factor_command, judge
+from tlt_cli.cli.factoring import (
+    Opened,
+    chosen_ranks,
+    decomposed,
+    eval_text,
+    factor_command,
+    judge,
+    measured,
+    typed,
+    with_seconds,
+)
 from tlt_cli.cli.growing import table_files
-from tlt_cli.errors import TltError
+from tlt_cli.errors import TltError, UsageError
 from tlt_cli.families import Fit, fit
 from tlt_cli.model.compare import compare
 from tlt_cli.model.modeling import AUTO_MAP, MODELING, modeling_source
 from tlt_cli.model.weights import load_checkpoint
 from tlt_cli.surgery.factor import GLOBAL
+from tlt_cli.surgery.fold import product
 from tlt_cli.surgery.lowrank import Factored, dense_plan, factored_plan
+from tlt_cli.surgery.matrices import Matrix, read_matrix
+from tlt_cli.surgery.measured import error_of, multiplied, reported
 from tlt_cli.surgery.plan import Plan
+from tlt_cli.surgery.quantize import PRECISION
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 STEPS = 200  # of tuning per block
-_MOST_TOKENS = 1 << 18
 _BOUND, _ROUNDINGS = 1e-4, 64
 
 
@@ -45,14 +61,16 @@ def compress_checkpoint(opened: Opened, request: Request, *, output: Path, kind:
 
     Raises TltError, with nothing written, for whatever cannot be done.
     """
+    begun = time.perf_counter()
+    _check_whole(opened.found)
     fitted, tokens, context = calibration_text(opened, request, out=out)
-    ids = calibration_windows(tokens.ids, context, max(1, _MOST_TOKENS // context))
+    ids = calibration_windows(tokens.ids, context, max(1, MOST_TOKENS // context))
     before = sum(matrix.size for matrix in opened.found)
-    if request.sharing == GLOBAL:
+    if request.sharing == GLOBAL and request.weighing == "kfac":
         with out.progress("factor: what the text shows of each block") as progress:
             made = start_globally(
                 opened.checkpoint, fitted, opened.found, ids, budget=int((request.keep or 1.0) * before),
-                progress=progress,
+                align=request.align, progress=progress,
             )  # fmt: skip
     else:
         made = _cut(opened, request, out=out)
@@ -62,7 +80,9 @@ def compress_checkpoint(opened: Opened, request: Request, *, output: Path, kind:
             refine(
                 made, opened.checkpoint, fitted, opened.found, ids, steps=steps, seed=request.seed, progress=progress
             )
-    plan = retyped(_plan(opened, fitted, request, made, tokens.info, ids, before), kind)
+    corpus = recorded(tokens, ids.numel())
+    plan = _plan(typed(opened, kind), fitted, request, made, corpus, before)
+    plan = measured(retyped(plan, kind), opened, request)
     files = table_files(opened.checkpoint, request.family, output, out)
     if plan.config.get("auto_map") == AUTO_MAP and not is_single_file(output):
         files[MODELING] = modeling_source()
@@ -74,14 +94,26 @@ def compress_checkpoint(opened: Opened, request: Request, *, output: Path, kind:
 
     def check(staged: Path) -> dict[str, Any]:
         output = open_checkpoint(staged)
-        found = _verified(opened, fitted, made, output, ids[:2], plan) if request.verify else {}
+        found = _verified(opened, request, fitted, made, output, ids[:2], plan) if request.verify else {}
         return found | judge(opened, request, text, output)
 
-    return carry_out(
+    outcome = carry_out(
         plan, opened.checkpoint, out=out, writing=writing, command=factor_command(opened, request, kind, None),
         changes=_changes(opened, made, plan, before), files=files,
         verify=check if (request.verify or text is not None) and not request.dry_run else None,
     )  # fmt: skip
+    return with_seconds(outcome, made.seconds, begun)
+
+
+def _check_whole(found: Sequence[Matrix]) -> None:
+    """UsageError where some matrices of a fused tensor are to be compressed and others of it are not."""
+    for matrix in found:
+        together = [other for other in found if other.tensor == matrix.tensor]
+        if matrix.parts is not None and len(together) < matrix.parts:
+            raise UsageError(
+                f"--only names {len(together)} of the {matrix.parts} matrices that {matrix.tensor} holds; fitting to a "
+                "text takes all of them: name the whole tensor, or add --method whiten --allocate uniform --refine none"
+            )
 
 
 def _cut(opened: Opened, request: Request, *, out: Output) -> Compressed:
@@ -91,13 +123,17 @@ def _cut(opened: Opened, request: Request, *, out: Output) -> Compressed:
 
     def factors(matrix: Any) -> tuple[Tensor, Tensor] | None:
         rank = ranks.by_slot[matrix.name]
-        return None if rank is None else factorizations.factors(matrix, rank)
+        pair = None if rank is None else factorizations.factors(matrix, rank)
+        factorizations.forget(matrix)
+        return pair
 
-    return start_from(opened.checkpoint, opened.found, factors)
+    made = start_from(opened.checkpoint, opened.found, factors, factorizations.seen)
+    made.seconds.update(factorizations.seconds)
+    return made
 
 
 def _plan(
-    opened: Opened, fitted: Fit, request: Request, made: Compressed, corpus: Mapping[str, Any], ids: Tensor, before: int
+    opened: Opened, fitted: Fit, request: Request, made: Compressed, corpus: Mapping[str, Any], before: int
 ) -> Plan:
     factored, factors, changed = _parts(opened, made)
     parameters = made.parameters(opened.found)
@@ -108,10 +144,21 @@ def _plan(
         "shared": {one.matrix.name: one.shared_with for one in factored if one.shared_with},
         "neurons": {str(layer): len(kept) for layer, kept in sorted(made.kept.items())},
         "linear_parameters": {"from": before, "to": parameters}, "keep": parameters / before,
-        "calibration": {**corpus, "source": Path(str(corpus["source"])).name, "tokens": ids.numel()},
+        "calibration": corpus,
     }  # fmt: skip
     notes = ["tuned weights: perplexity on other texts than the calibration's may tell another story; measure it"]
-    build = dense_plan if request.format == DENSE else factored_plan
+    by_name = {matrix.name: matrix for matrix in opened.found}
+
+    def metric(slot: str) -> Tensor | None:
+        """The second moment of what the matrix reads, without the neurons that went."""
+        matrix = by_name[slot]
+        seen, stays = made.seen(matrix), made.kept.get(slot_of(matrix)[0])
+        if seen is None or seen.inputs is None or stays is None or matrix.role != "down":
+            return None if seen is None else seen.inputs
+        return seen.inputs[stays][:, stays]
+
+    coded = partial(factored_plan, bits=request.bits, metric=metric)
+    build = dense_plan if request.format == DENSE else coded
     dtypes = {name: info.dtype for name, info in opened.tensors.items()}
     return build(
         fitted, dtypes, factored, factors, ffn=made.kept, changed=changed, details=details,
@@ -122,64 +169,96 @@ def _plan(
 def _parts(
     opened: Opened, made: Compressed
 ) -> tuple[list[Factored], Callable[[str], tuple[Tensor, Tensor]], dict[str, Callable[[], Tensor]]]:
-    """What is factored, its factors by slot, and every other tensor that changed, as the output stores it."""
-    factored, pairs, owners = [], {}, dict[int, str]()
+    """What is factored, its factors by slot, and every other tensor that changed, as the output stores it: all of them
+    read from where they lie when they are written."""
+    pieces, factored = made.pieces, []
+    slots = {matrix.name: slot_of(matrix) for matrix in opened.found}
+    names = {slot: name for name, slot in slots.items()}
     whole = {matrix.tensor for matrix in opened.found}
     for matrix in opened.found:
-        assert matrix.layer is not None and matrix.role is not None
-        piece = made.pieces[matrix.layer, matrix.role]
-        if isinstance(piece, Low):
-            owner = owners.setdefault(id(piece.a), matrix.name)
+        part = pieces.parts[slots[matrix.name]]
+        if part.rank is not None:
+            owner = names[part.owner]
             shared = owner if owner != matrix.name else None
-            factored.append(Factored(matrix, len(piece.a), shared_with=shared, pivoted=True))
-            pairs[matrix.name] = piece.a, piece.b
+            factored.append(Factored(matrix, part.rank, shared_with=shared, pivoted=True))
             whole.discard(matrix.tensor)
     changed: dict[str, Callable[[], Tensor]] = {name: lambda value=value: value for name, value in made.norms.items()}  # type: ignore[misc]
-    stored: dict[str, list[tuple[int, Tensor, bool]]] = {}
+    stored: dict[str, list[Matrix]] = {}
     for matrix in opened.found:
-        assert matrix.layer is not None and matrix.role is not None
-        piece = made.pieces[matrix.layer, matrix.role]
-        if isinstance(piece, Dense) and matrix.tensor in whole:
-            stored.setdefault(matrix.tensor, []).append((matrix.part or 0, piece.value, matrix.transposed))
-        elif isinstance(piece, Dense):
-            changed[f"{matrix.name}.weight"] = lambda value=piece.value: value  # type: ignore[misc]
+        if matrix.tensor in whole:
+            stored.setdefault(matrix.tensor, []).append(matrix)
+        elif pieces.parts[slots[matrix.name]].rank is None:
+            changed[f"{matrix.name}.weight"] = lambda slot=slots[matrix.name]: pieces.piece(slot).weight()  # type: ignore[misc]
     for name, parts in stored.items():
-        value = torch.cat([part for _, part, _ in sorted(parts, key=lambda part: part[0])])
-        stored_as = value.T.contiguous() if parts[0][2] else value
-        changed[name] = lambda value=stored_as: value  # type: ignore[misc]
-    return factored, pairs.__getitem__, changed
+        together = put_together(parts, pieces.piece)
+        changed[name] = lambda together=together: together().contiguous()  # type: ignore[misc]
+
+    def factors(name: str) -> tuple[Tensor, Tensor]:
+        piece = pieces.piece(slots[name])
+        assert isinstance(piece, Low)
+        return piece.a, piece.b
+
+    return factored, factors, changed
 
 
 def _verified(
-    opened: Opened, fitted: Fit, made: Compressed, staged: Checkpoint, ids: Tensor, plan: Plan
+    opened: Opened, request: Request, fitted: Fit, made: Compressed, staged: Checkpoint, ids: Tensor, plan: Plan
 ) -> dict[str, Any]:
-    """What was written, run against the pieces as they were fitted. TltError where more than rounding differs."""
-    pieces = Blocks(opened.checkpoint, fitted)
+    """What was written, run against the pieces as they were fitted, and its matrices held against the source's.
+    TltError where more than rounding differs.
+
+    Rows of neurons that went do not count as errors in the metric: `down` answers for those. With bits "rounding" is
+    what they cost; each matrix is bounded then, not the logits, which rounding by 8 bits does move.
+    """
+    pieces = Blocks(opened.checkpoint, fitted, keeps=False)
     for layer in range(pieces.layers):
         install(made, pieces, fitted, opened.found, layer)
     shapes = {name: info.shape for name, info in staged.tensors.items()}
-    written = load_checkpoint(staged, fit(shapes, staged.config, family=fitted.family), stream=True)
+    fit_written = fit(shapes, staged.config, family=fitted.family)
+    written = load_checkpoint(staged, fit_written, stream=True)
     found = compare(pieces.decoder, written, ids)
     precision = max(torch.finfo(torch_dtype(t.dtype)).eps for t in plan.tensors if t.dtype[0] in "FB")
-    bound = max(_BOUND, _ROUNDINGS * precision)
-    if found.relative > bound:
+    bound = max(_BOUND, _ROUNDINGS * precision) if request.bits is None else None
+    cost = {} if request.bits is None else {"rounding": _rounding(opened, made, staged, fit_written)}
+    if bound is not None and found.relative > bound:
         raise TltError(
             f"verification failed: what was written gives logits {found.relative:.1e} of their deviation from what was "
             f"fitted, and {bound:.1e} is allowed; nothing was written"
         )
     source = compare(load_checkpoint(opened.checkpoint, fitted, stream=True), written, ids)
+    read, errors = multiplied(staged, fit_written, opened.found, made.kept), {}
+    for matrix in opened.found:
+        counted = made.kept.get(slot_of(matrix)[0]) if matrix.role in ("gate", "up") else None
+        weight, seen = read_matrix(opened.checkpoint, matrix), made.seen(matrix)
+        errors[matrix.name] = error_of(weight, read(matrix), request.weighing, seen, counted=counted)
     return {
-        "relative": found.relative, "bound": bound, **asdict(found),
+        **reported(errors, request.weighing), **cost, "relative": found.relative, "bound": bound, **asdict(found),
         "source": {"relative": source.relative, **asdict(source)},
     }  # fmt: skip
 
 
-def _changes(opened: Opened, made: Compressed, plan: Plan, before: int) -> list[tuple[str, str, str]]:
-    import math
+def _rounding(opened: Opened, made: Compressed, staged: Checkpoint, written: Fit) -> float:
+    """||W - W'|| / ||W|| of all factored matrices as they were fitted and as their codes say. TltError for one that is
+    off by more than rounding."""
+    lost = total = 0.0
+    for matrix in opened.found:
+        piece = made.pieces.piece(slot_of(matrix))
+        if isinstance(piece, Low):
+            weight = piece.weight().double()
+            error, norm = float((weight - product(staged, written, matrix.name)).norm()), float(weight.norm())
+            lost, total = lost + error**2, total + norm**2
+            if error > _ROUNDINGS * PRECISION * norm:
+                raise TltError(
+                    f"verification failed: the codes of {matrix.name} are off by {error / norm:.1e} of it; nothing was "
+                    "written; report it, with the command"
+                )
+    return math.sqrt(lost / total) if total else 0.0
 
+
+def _changes(opened: Opened, made: Compressed, plan: Plan, before: int) -> list[tuple[str, str, str]]:
     count = sum(math.prod(info.shape) for info in opened.tensors.values())
     parameters = made.parameters(opened.found)
-    factored = sum(isinstance(piece, Low) for piece in made.pieces.values())
+    factored = sum(part.rank is not None for part in made.pieces.parts.values())
     return [
         ("matrices", str(len(opened.found)), f"{factored} factored"),
         ("their parameters", f"{before:,}", f"{parameters:,} ({parameters / before:.1%})"),

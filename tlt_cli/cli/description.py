@@ -59,7 +59,8 @@ def tensor_table(data: Mapping[str, Any]) -> Table:
 def summary(data: Mapping[str, Any]) -> Iterator[str]:
     """The lines that stand under the table."""
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in data["dtypes"].items())
-    yield f"family: {data['family'] or 'none'}"
+    if "adapter" not in data:
+        yield f"family: {data['family'] or 'none'}"
     if data["family"]:
         yield f"axes: {bindings(data['axes'])}"
         yield f"tied: {'yes' if data['tied'] else 'no'}"

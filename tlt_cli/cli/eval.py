@@ -9,6 +9,7 @@ import typer
 from tlt_cli.cli.console import Output, Table
 from tlt_cli.cli.options import (
     Axis,
+    Base,
     Data,
     Device,
     Dtype,
@@ -43,6 +44,7 @@ def evaluate(
     data: Data = None,
     context: Context = None,
     batch_size: BatchSize = None,
+    base: Base = None,
     family: Family = None,
     axis: Axis = None,
     tokenizer: TokenizerFrom = None,
@@ -60,7 +62,7 @@ def evaluate(
     from tlt_cli.cli.measuring import measure, prepare
 
     out = Output(json=json, quiet=quiet, verbose=verbose)
-    prepared = prepare(sources, out=out, family=family, axes=axis, tokenizer=tokenizer, data=data)
+    prepared = prepare(sources, out=out, family=family, axes=axis, tokenizer=tokenizer, data=data, base=base)
     models = measure(
         prepared, out=out, context=context, batch_size=batch_size, device=device, dtype=dtype, stream=stream
     )

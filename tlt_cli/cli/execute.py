@@ -92,7 +92,7 @@ def carry_out(
     `verify` is given the staged output, and raises to refuse it; what it returns goes into the report.
     """
     check_target(writing.output, checkpoint, force=writing.force)
-    size = None if writing.max_shard_size is None else _shard_size(writing.max_shard_size)
+    size = None if writing.max_shard_size is None else shard_size(writing.max_shard_size)
     lineage = record.lineage(checkpoint, operation=plan.operation, command=command, details=plan.details)
     layout = plan_files(
         writing.output, plan.tensors, checkpoint, metadata=record.metadata(lineage), config=plan.config,
@@ -137,7 +137,8 @@ def carry_out(
     return Outcome(report, _table(plan, changes, checkpoint, report.get("verification")))
 
 
-def _shard_size(text: str) -> int:
+def shard_size(text: str) -> int:
+    """--max-shard-size in bytes."""
     try:
         return parse_size(text)
     except TltError as error:

@@ -34,6 +34,8 @@ tlt factor model.st --rank-sweep
 
 tlt factor model --keep 0.8 --calibration text.txt -o smaller
 
+tlt factor model --keep 0.8 --bits 8 -o smaller
+
 tlt factor model --rank-sweep --eval text.txt --max-perplexity 20 -o smallest
 
 tlt factor model --rank 8 --only '*.27.mlp.down_proj' --format dense
@@ -77,6 +79,13 @@ Refine = Annotated[
         help="none; drift: refit each matrix behind the compressed ones; block: also each block to its output.",
     ),
 ]  # fmt: skip
+Align = Annotated[
+    int,
+    typer.Option(
+        "--align", min=1, metavar="N", rich_help_panel=_HOW,
+        help="Ranks in multiples of N, as hardware likes them; or the matrix stays dense.",
+    ),
+]  # fmt: skip
 Only = Annotated[
     list[str] | None,
     typer.Option("--only", metavar="GLOB", rich_help_panel=_HOW, help="Matrices by name; may be given several times."),
@@ -84,6 +93,10 @@ Only = Annotated[
 Format = Annotated[
     str,
     typer.Option("--format", metavar="NAME", rich_help_panel=_HOW, help="lowrank: two factors; dense: their product."),
+]
+Bits = Annotated[
+    int | None,
+    typer.Option("--bits", metavar="8", rich_help_panel=_HOW, help="Factors as 8-bit integers, a scale for each row."),
 ]
 RankSweep = Annotated[
     bool, typer.Option("--rank-sweep", rich_help_panel=_SWEEP, help="Table what each rank costs and loses.")
@@ -124,8 +137,10 @@ def factor(
     calibration: Calibration = None,
     allocate: Allocate = None,
     refine: Refine = None,
+    align: Align = 1,
     only: Only = None,
     format: Format = "lowrank",
+    bits: Bits = None,
     rank_sweep: RankSweep = False,
     ranks: Ranks = None,
     eval: Eval = None,
@@ -159,7 +174,8 @@ def factor(
     out = Out(json=json, quiet=quiet, verbose=verbose)
     request = Request(
         rank=rank, keep=keep, energy=energy, method=method, calibration=calibration, allocate=allocate, refine=refine,
-        only=only or (), format=format, eval=eval, context=context, max_perplexity=max_perplexity, tokenizer=tokenizer,
+        align=align, only=only or (), format=format, bits=bits, eval=eval, context=context,
+        max_perplexity=max_perplexity, tokenizer=tokenizer,
         family=family, axes=axis, output=output, force=force, dry_run=dry_run, max_shard_size=max_shard_size,
         verify=verify, jobs=jobs, seed=seed, device=device, dtype=dtype,
     )  # fmt: skip

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tlt_cli.errors import UsageError, nearest
+from tlt_cli.families.factors import BITS
 from tlt_cli.surgery.factor import ALLOCATIONS, GLOBAL, UNIFORM, check_keep
 from tlt_cli.surgery.metrics import check_method, needs_gradients, needs_text
 
@@ -26,8 +27,10 @@ class Request:
     calibration: Sequence[Path] | None = None
     allocate: str | None = None
     refine: str | None = None
+    align: int = 1
     only: Sequence[str] = ()
     format: str = LOWRANK
+    bits: int | None = None
     eval: Sequence[Path] | None = None
     context: int | None = None
     max_perplexity: float | None = None
@@ -48,6 +51,10 @@ class Request:
         if self.method is not None:
             check_method(self.method)
         _one_of("--format", self.format, FORMATS)
+        if self.bits not in (None, BITS):
+            raise UsageError(f"--bits {self.bits}: factors are 8-bit integers with --bits {BITS}, or floats without")
+        if self.bits is not None and self.format == DENSE:
+            raise UsageError(f"--bits {self.bits} is for factors, and --format dense writes none; drop one of them")
         _one_of("--allocate", self.allocate, ALLOCATIONS)
         _one_of("--refine", self.refine, REFINEMENTS)
         given = [name for name in ("rank", "keep", "energy") if getattr(self, name) is not None]
@@ -95,6 +102,8 @@ class Request:
         """Whether this is a sweep. UsageError where the options are not clear on that."""
         sized = next((name for name in ("rank", "keep", "energy") if getattr(self, name) is not None), None)
         wanted = asked or ranks is not None or (self.max_perplexity is not None and sized is None)
+        if wanted and self.bits is not None:
+            raise UsageError(f"--bits {self.bits} is for one model, and a sweep tells of many; say which with --rank")
         if wanted and sized is not None:
             raise UsageError(f"--{sized} says how small and --rank-sweep tries every rank; give one of them")
         if not wanted and sized is None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import shlex
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tlt_cli.checkpoint.header import TensorInfo
+from tlt_cli.checkpoint.header import TensorInfo, tensor_bytes
 from tlt_cli.checkpoint.lazy import Checkpoint
 from tlt_cli.checkpoint.reader import open_checkpoint
 from tlt_cli.checkpoint.record import source_name
@@ -23,7 +24,7 @@ from tlt_cli.cli.measuring import USUAL_CONTEXT, positions, windows_at_once
 from tlt_cli.cli.opening import load_decoder, opened_if_known, parse_dtype, tokenizer_for
 from tlt_cli.errors import TltError, UsageError
 from tlt_cli.families import Fit, fit
-from tlt_cli.families.factors import refuse_factored
+from tlt_cli.families.factors import LEFT, RIGHT, read_lowrank, refuse_factored
 from tlt_cli.model.decoder import Decoder
 from tlt_cli.model.modeling import AUTO_MAP, MODELING, modeling_source
 from tlt_cli.model.perplexity import perplexity
@@ -41,8 +42,13 @@ from tlt_cli.surgery.factored_file import multiplied_plan, separate_plan
 from tlt_cli.surgery.factorizations import Factorizations
 from tlt_cli.surgery.lowrank import Factored, factored_plan
 from tlt_cli.surgery.matrices import FLOATS, Matrix, matrices, read_matrix
+from tlt_cli.surgery.measured import Error, error_of, reported, shaken
 from tlt_cli.surgery.metrics import needs_text
 from tlt_cli.surgery.plan import Plan
+from tlt_cli.surgery.quantize import PRECISION, read_factor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,7 @@ class Opened:
 def opened_matrices(source: str, request: Request, *, out: Output, values: bool) -> Opened:
     """Open the source and find its matrices. TltError where it has none."""
     checkpoint, fitted = opened_if_known(source, out=out, family=request.family, axes=request.axes, values=values)
-    if fitted is not None:
-        refuse_factored(fitted.lowrank, "factoring")
+    refuse_factored(read_lowrank(checkpoint.config) if fitted is None else fitted.lowrank, "factoring")
     dropped = set(fitted.dropped) if fitted else set[str]()
     tensors = {name: info for name, info in checkpoint.tensors.items() if name not in dropped}
     shapes = {name: info.shape for name, info in tensors.items() if fitted or info.dtype in FLOATS}
@@ -81,21 +86,24 @@ def decomposed(opened: Opened, request: Request, *, out: Output) -> Factorizatio
         return Factorizations(opened.checkpoint, request.weighing, lambda matrix: None)
     from tlt_cli.cli.calibrating import seen_by_text
 
-    return Factorizations(opened.checkpoint, request.weighing, seen_by_text(opened, request, out=out))
+    seen, corpus = seen_by_text(opened, request, out=out)
+    return Factorizations(opened.checkpoint, request.weighing, seen, corpus=corpus)
 
 
 def chosen_ranks(opened: Opened, request: Request, made: Factorizations, *, out: Output) -> Ranks:
     """The rank of every matrix. Only shares of energy and the global allocation take decompositions."""
     found, saving = opened.found, request.format == LOWRANK
     if request.rank is not None:
-        return at_rank(found, request.rank, saving=saving)
+        return at_rank(found, request.rank, saving=saving, align=request.align)
     if request.keep is not None and request.sharing == UNIFORM:
-        return at_keep(found, request.keep, saving=saving)
+        return at_keep(found, request.keep, saving=saving, align=request.align)
     decompose_all(found, made, out=out)
     if request.keep is not None:
-        return allocated(found, {matrix.name: made.losses(matrix) for matrix in found}, request.keep)
+        losses = {matrix.name: made.losses(matrix) for matrix in found}
+        return allocated(found, losses, request.keep, align=request.align)
     assert request.energy is not None
-    return at_energy(found, {matrix.name: made.spectrum(matrix) for matrix in found}, request.energy, saving=saving)
+    spectra = {matrix.name: made.spectrum(matrix) for matrix in found}
+    return at_energy(found, spectra, request.energy, saving=saving, align=request.align)
 
 
 def decompose_all(found: Sequence[Matrix], made: Factorizations, *, out: Output) -> None:
@@ -126,9 +134,10 @@ def factor_checkpoint(source: str, request: Request, *, plot: Path | None = None
         from tlt_cli.cli.compressing import compress_checkpoint
 
         return compress_checkpoint(opened, request, output=output, kind=kind, out=out)
+    begun = time.perf_counter()
     made = decomposed(opened, request, out=out)
     ranks = chosen_ranks(opened, request, made, out=out)
-    return write_ranks(opened, request, ranks, made, output=output, kind=kind, out=out)
+    return write_ranks(opened, request, ranks, made, output=output, kind=kind, out=out, begun=begun)
 
 
 def eval_text(opened: Opened, request: Request, *, out: Output) -> Tokens | None:
@@ -161,14 +170,16 @@ def write_ranks(
     out: Output,
     size: tuple[str, Any] | None = None,
     judged: bool = True,
+    begun: float | None = None,
 ) -> Outcome:
     """Plan and write the checkpoint at these ranks. `size` is the option that gives them where the request has none.
 
     With `judged` the output reads the request's text, where it has one, before it takes its name.
     """
+    begun = time.perf_counter() if begun is None else begun
     check_some(ranks)
     by_matrix = {matrix: ranks.factored[matrix.name] for matrix in opened.found if matrix.name in ranks.factored}
-    plan = retyped(_plan(opened, request, ranks, by_matrix, made), kind)
+    plan = measured(retyped(_plan(typed(opened, kind), request, ranks, by_matrix, made), kind), opened, request)
     writing = Writing(
         output=output, force=request.force, dry_run=request.dry_run, max_shard_size=request.max_shard_size,
         jobs=request.jobs,
@@ -180,10 +191,43 @@ def write_ranks(
     checked = None
     if (request.verify or text is not None) and not request.dry_run:
         checked = lambda staged: _checked(opened, request, by_matrix, made, text, open_checkpoint(staged))  # noqa: E731
-    return carry_out(
+    outcome = carry_out(
         plan, opened.checkpoint, out=out, writing=writing, command=factor_command(opened, request, kind, size),
         changes=_changes(opened, ranks, plan), files=files, verify=checked,
     )  # fmt: skip
+    return with_seconds(outcome, made.seconds, begun)
+
+
+def with_seconds(outcome: Outcome, seconds: Mapping[str, float], begun: float) -> Outcome:
+    """The outcome with what the matrices took, each and all together, beside the whole since `begun`. None of it goes
+    into the files."""
+    passed = {"seconds": sum(seconds.values()), "matrix_seconds": dict(seconds)}
+    rows = [*outcome.table.rows]
+    if seconds:
+        rows.append((f"seconds for {len(seconds)} matrices", "", f"{passed['seconds']:.1f}"))
+    report = {**outcome.report, **passed, "total_seconds": time.perf_counter() - begun}
+    return Outcome(report, replace(outcome.table, rows=rows))
+
+
+def typed(opened: Opened, kind: str | None) -> Opened:
+    """The same with its floating-point tensors in another dtype: codes are made for scales as they will be stored."""
+    if kind is None:
+        return opened
+    infos = {n: replace(info, dtype=kind) if info.dtype in FLOATS else info for n, info in opened.tensors.items()}
+    return replace(opened, tensors=infos)
+
+
+def measured(plan: Plan, opened: Opened, request: Request) -> Plan:
+    """The plan with the bytes of all tensors before and after in its details, and a note on what has no codes."""
+    size = {
+        "from": sum(info.nbytes for info in opened.tensors.values()),
+        "to": sum(tensor_bytes(tensor.dtype, tensor.shape) for tensor in plan.tensors),
+    }
+    details, notes = {**plan.details, "tensor_bytes": size}, plan.notes
+    if request.bits is not None:
+        details["bits"] = request.bits
+        notes = (*notes, f"--bits {request.bits} is for factors: what is not factored keeps its dtype")
+    return replace(plan, details=details, notes=notes)
 
 
 def _plan(
@@ -192,6 +236,7 @@ def _plan(
     details = {
         "method": request.weighing, "format": request.format, "ranks": dict(ranks.by_slot),
         "linear_parameters": {"from": ranks.before, "to": ranks.parameters}, "keep": ranks.keep,
+        **({} if made.corpus is None else {"calibration": made.corpus}),
     }  # fmt: skip
     stay = [slot for slot, rank in ranks.by_slot.items() if rank is None]
     notes = [f"{len(stay)} of {len(ranks.by_slot)} matrices stay dense: {_some(stay)}"] if stay else []
@@ -202,13 +247,20 @@ def _plan(
     if opened.fitted is None:
         notes.append("no family fits: the factors are stored side by side, for a loader of your own")
         return separate_plan(
-            opened.tensors, opened.checkpoint.config, by_matrix, made.factors, details=details, notes=notes
-        )
+            opened.tensors, opened.checkpoint.config, by_matrix, made.factors, details=details, notes=notes,
+            bits=request.bits,
+        )  # fmt: skip
     slots = {matrix.name: matrix for matrix in by_matrix}
+
+    def metric(slot: str) -> Tensor | None:
+        seen = made.seen(slots[slot])
+        return None if seen is None else seen.inputs
+
     return factored_plan(
         opened.fitted, {name: info.dtype for name, info in opened.tensors.items()},
         [Factored(matrix, rank) for matrix, rank in by_matrix.items()],
         lambda slot: made.factors(slots[slot], by_matrix[slots[slot]]), details=details, notes=notes,
+        bits=request.bits, metric=metric,
     )  # fmt: skip
 
 
@@ -228,15 +280,18 @@ def factor_command(opened: Opened, request: Request, kind: str | None, size: tup
     if request.keep is not None:
         words += ["--allocate", request.sharing]
     words += ["--refine", request.refining] if needs_text(request.weighing) else []
+    words += ["--align", str(request.align)] if request.align > 1 else []
     words += ["--context", str(request.context)] if request.context and needs_text(request.weighing) else []
     for glob in request.only:
         words += ["--only", glob]
     words += ["--format", request.format]
+    words += ["--bits", str(request.bits)] if request.bits is not None else []
     words += ["--dtype", kind.lower()] if kind else []
     words += ["--family", Path(request.family).name] if request.family else []
     for axis in request.axes or ():
         words += ["--axis", axis]
     words += ["--max-shard-size", request.max_shard_size] if request.max_shard_size else []
+    words += ["--seed", str(request.seed)] if request.seed and request.refining == "block" else []
     return shlex.join(words)
 
 
@@ -258,7 +313,7 @@ def _checked(
     staged: Checkpoint,
 ) -> dict[str, Any]:
     """What is known of the output before it takes its name. TltError where it is not as it should be."""
-    found = _verified(by_matrix, made, opened.checkpoint, staged, request) if request.verify else {}
+    found = _verified(opened, request, by_matrix, made, staged) if request.verify else {}
     return found | judge(opened, request, text, staged)
 
 
@@ -279,41 +334,50 @@ def judge(opened: Opened, request: Request, text: Tokens | None, staged: Checkpo
 
 
 def _verified(
+    opened: Opened,
+    request: Request,
     by_matrix: Mapping[Matrix, int],
     made: Factorizations,
-    source: Checkpoint,
     staged: Checkpoint,
-    request: Request,
 ) -> dict[str, Any]:
-    """What was written against the source: ||W - W'|| / ||W|| of every factored matrix, and of all of them together.
+    """What was written against the source: ||W - W'|| / ||W|| of every matrix and of all of them together, and the same
+    in the method's metric.
 
-    Plain SVD must lose what its spectrum says, up to the rounding of the dtype written. TltError where it does not.
+    In its metric every factored matrix must lose what its factors say, up to the rounding of what is written. TltError
+    where it does not. With bits "rounding" is what they alone cost: ||b a - b' a'|| / ||W|| of all of them together.
     """
     import torch
 
     from tlt_cli.checkpoint.cast import torch_dtype
 
-    lost = total = 0.0
-    errors = {}
-    for matrix, rank in by_matrix.items():
-        weight = read_matrix(source, matrix).double()
+    rounding, method, errors = 0.0, request.weighing, dict[str, Error]()
+    for matrix in opened.found:
+        weight, seen = read_matrix(opened.checkpoint, matrix).double(), made.seen(matrix)
+        if matrix not in by_matrix:
+            whole = matrix.tensor in staged.tensors  # else it is stored apart from the matrices it was fused with
+            same = read_matrix(staged, matrix) if whole else staged.read(f"{matrix.name}.weight")
+            errors[matrix.name] = error_of(weight, same, method, seen)
+            continue
+        rank = by_matrix[matrix]
         name = matrix.tensor if request.format == DENSE else f"{matrix.name}.lowrank_a.weight"
-        precision = torch.finfo(torch_dtype(staged.tensors[name].dtype)).eps
+        stored = torch_dtype(staged.tensors[name].dtype)
+        precision = PRECISION if request.bits is not None else torch.finfo(stored).eps
         if request.format == DENSE:
             written = read_matrix(staged, matrix).double()
         else:
-            a, b = (staged.read(f"{matrix.name}.lowrank_{side}.weight").double() for side in "ab")
+            a, b = (read_factor(staged, matrix.name, kind, request.bits) for kind in (RIGHT, LEFT))
             product = b @ a  # a table of embeddings is stored words by entries
             written = product if product.shape == weight.shape else product.T
-        norm, error = float(weight.norm()), float((weight - written).norm())
-        lost, total = lost + error**2, total + norm**2
-        errors[matrix.name] = error / norm if norm else 0.0
-        if request.weighing == "svd":
-            expected = math.sqrt(float(made.losses(matrix)[rank]))
-            if abs(error - expected) > 1e-5 * expected + 16 * precision * norm:
-                raise TltError(
-                    f"verification failed: {matrix.name} at rank {rank} is off by {error:.4e}, and its spectrum says "
-                    f"{expected:.4e}; nothing was written; report it, with the command"
-                )
-    relative = math.sqrt(lost / total) if total else 0.0
-    return {"error": relative, "errors": errors}
+        a, b = made.factors(matrix, rank)
+        if request.bits is not None:
+            rounding += float((b.double() @ a.double() - written).square().sum())
+        errors[matrix.name] = one = error_of(weight, written, method, seen)
+        error, expected = math.sqrt(one.metric_lost), made.error(matrix, rank)
+        if abs(error - expected) > 1e-5 * expected + 16 * precision * shaken(a, b, method, seen):
+            raise TltError(
+                f"verification failed: {matrix.name} at rank {rank} is off by {error:.4e} in the metric of --method "
+                f"{method}, and its factors say {expected:.4e}; nothing was written; report it, with the command"
+            )
+    total = math.fsum(one.whole for one in errors.values())
+    cost = {} if request.bits is None or not total else {"rounding": math.sqrt(rounding / total)}
+    return {**reported(errors, method), **cost}

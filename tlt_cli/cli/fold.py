@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from tlt_cli.cli.console import Output as Out
 from tlt_cli.cli.options import (
     Axis,
+    Base,
     DryRun,
     Dtype,
     Family,
@@ -26,17 +29,34 @@ from tlt_cli.cli.options import (
     Verbose,
     Verify,
 )
+from tlt_cli.errors import TltError, UsageError
 
 if TYPE_CHECKING:
+    from tlt_cli.checkpoint.lazy import Checkpoint
     from tlt_cli.cli.execute import Outcome
+    from tlt_cli.families import Fit
 
 EXAMPLES = """
 Examples:
 
 tlt fold factored -o plain
 
+tlt fold adapter -o merged
+
+tlt fold tree --leaf 2 -o merged
+
+tlt fold tree --leaf 2 --format peft -o adapter
+
 tlt fold factored --dtype bfloat16 --json | jq .verification.kl
 """
+
+Leaf = Annotated[
+    int | None, typer.Option("--leaf", metavar="K", min=0, help="Of a tree of LoRAs, the leaf to fold, counted from 0.")
+]
+Format = Annotated[
+    str,
+    typer.Option("--format", metavar="NAME", help="model: the base with the leaf in it; peft: the leaf as an adapter."),
+]
 
 
 def fold(
@@ -49,20 +69,23 @@ def fold(
     jobs: Jobs = None,
     seed: Seed = 0,
     dtype: Dtype = None,
+    leaf: Leaf = None,
+    format: Format = "model",
+    base: Base = None,
     family: Family = None,
     axis: Axis = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Multiply low-rank factors out: the stock model that computes the same.
+    """Multiply low-rank factors out, or an adapter into its base: the stock model that computes the same.
 
     The output is no smaller than the model that was factored; it needs no code of its own.
     """
     out = Out(json=json, quiet=quiet, verbose=verbose)
     outcome = fold_checkpoint(
-        source, output, out=out, family=family, axes=axis, dtype=dtype, force=force, dry_run=dry_run,
-        max_shard_size=max_shard_size, jobs=jobs, verify=verify, seed=seed,
+        source, output, out=out, leaf=leaf, format=format, base=base, family=family, axes=axis, dtype=dtype,
+        force=force, dry_run=dry_run, max_shard_size=max_shard_size, jobs=jobs, verify=verify, seed=seed,
     )  # fmt: skip
     outcome.show(out)
 
@@ -72,6 +95,9 @@ def fold_checkpoint(
     output: Path | None,
     *,
     out: Out,
+    leaf: int | None = None,
+    format: str = "model",
+    base: str | None = None,
     family: str | None = None,
     axes: Sequence[str] | None = None,
     dtype: str | None = None,
@@ -87,13 +113,40 @@ def fold_checkpoint(
     Notes and progress go to `out`. Raises TltError, with nothing written, where there is nothing to fold, and where the
     folded model does not compute what the factored one does. `seed` is that of the tokens to verify on.
     """
+    from tlt_cli.cli.adapters import adapter_of
+    from tlt_cli.cli.folding_leaf import FORMATS, export_leaf, one_leaf
+    from tlt_cli.model.tree_files import LeafFolder
+
+    if format not in FORMATS:
+        raise UsageError(f"--format {format} is not known; take one of {', '.join(FORMATS)}")
+    adapter = adapter_of(source)
+    if adapter is not None:
+        adapter = one_leaf(adapter, leaf)
+    if format == "peft":
+        if not isinstance(adapter, LeafFolder):
+            raise UsageError(f"--format peft writes a leaf of a tree of LoRAs as an adapter, and {source} is no tree")
+        if dtype is not None or max_shard_size is not None:
+            raise UsageError("--dtype and --max-shard-size go with --format model; an adapter is one file in float32")
+        return export_leaf(adapter, output, out=out, base=base, family=family, axes=axes, force=force, dry_run=dry_run)
+    if adapter is not None:
+        from tlt_cli.cli.folding_adapter import fold_adapter
+
+        return fold_adapter(
+            adapter, output, out=out, base=base, family=family, axes=axes, dtype=dtype, force=force, dry_run=dry_run,
+            max_shard_size=max_shard_size, jobs=jobs, verified=verify, seed=seed,
+            words=() if leaf is None else ("--leaf", str(leaf)),
+        )  # fmt: skip
+    for option, value in (("--base", base), ("--leaf", leaf)):
+        if value is not None:
+            raise UsageError(f"{option} goes with an adapter, and {source} is none")
     from tlt_cli.checkpoint.ranks import joined
     from tlt_cli.checkpoint.reader import open_checkpoint
     from tlt_cli.checkpoint.record import source_name
     from tlt_cli.checkpoint.writer import check_target
     from tlt_cli.cli.execute import Writing, carry_out, derived_output, retyped
-    from tlt_cli.cli.opening import opened, parse_dtype
+    from tlt_cli.cli.opening import parse_dtype
     from tlt_cli.model.modeling import MODELING
+    from tlt_cli.surgery.factored_file import joined_plan
     from tlt_cli.surgery.fold import fold as folded
     from tlt_cli.surgery.verify import check, sample_tokens
     from tlt_cli.surgery.verify import verify as verified
@@ -101,8 +154,11 @@ def fold_checkpoint(
     with joined() as team:
         with team.together():  # what one of several ranks refuses, all do
             kind = None if dtype is None else parse_dtype(dtype)
-            checkpoint, fitted = opened(source, out=out, family=family, axes=axes, values=not dry_run)
-            plan = retyped(folded(fitted, {name: info.dtype for name, info in checkpoint.tensors.items()}), kind)
+            checkpoint, fitted = _opened(source, out=out, family=family, axes=axes, values=not dry_run)
+            if fitted is None:  # nothing can run it, but its products are what they are
+                plan = retyped(joined_plan(checkpoint.tensors, checkpoint.config or {}), kind)
+            else:
+                plan = retyped(folded(fitted, {name: info.dtype for name, info in checkpoint.tensors.items()}), kind)
             needless = tuple(path for path in checkpoint.companions if path.name != MODELING)
             checkpoint = replace(checkpoint, companions=needless)
             writing = Writing(
@@ -112,6 +168,7 @@ def fold_checkpoint(
             check_target(writing.output, checkpoint, force=force)
 
         def compared(staged: Path) -> dict[str, Any]:
+            assert fitted is not None
             found = verified(
                 fitted, plan, checkpoint, sample_tokens(fitted, seed=seed), written=open_checkpoint(staged)
             )
@@ -124,12 +181,33 @@ def fold_checkpoint(
         words = ["tlt", "fold", source_name(checkpoint), *(["--dtype", kind.lower()] if kind else [])]
         words += ["--family", Path(family).name] if family else []
         words += ["--max-shard-size", max_shard_size] if max_shard_size else []
-        before = sum(prod(checkpoint.tensors[name].shape) for name in fitted.places)
+        names = checkpoint.tensors if fitted is None else fitted.places
+        before = sum(prod(checkpoint.tensors[name].shape) for name in names)
         return carry_out(
             plan, checkpoint, out=out, writing=writing, command=shlex.join(words),
             changes=[
                 ("factored matrices", str(plan.details["folded"]), "0"),
                 ("parameters", f"{before:,}", f"{plan.parameters:,}"),
             ],
-            verify=compared if verify and checkpoint.location is not None else None,
+            verify=compared if verify and fitted is not None and checkpoint.location is not None else None,
         )  # fmt: skip
+
+
+def _opened(
+    source: str, *, out: Out, family: str | None, axes: Sequence[str] | None, values: bool
+) -> tuple[Checkpoint, Fit | None]:
+    """As `opened`; without a fit where config.json says that the file is factored, but of no family that tlt knows."""
+    from tlt_cli.checkpoint.reader import open_checkpoint
+    from tlt_cli.cli.opening import opened, own_table
+    from tlt_cli.families.choose import choose
+    from tlt_cli.families.factors import dense_config, read_lowrank
+
+    checkpoint = open_checkpoint(source, values=values, bars=out.draws)
+    lowrank = read_lowrank(checkpoint.config)
+    if lowrank is not None and not (family or axes or own_table(checkpoint)):
+        try:
+            choose({}, dense_config(checkpoint.config or {}, lowrank), None)
+        except TltError as error:
+            out.note(str(error))
+            return checkpoint, None
+    return opened(checkpoint, out=out, family=family, axes=axes, values=values)

@@ -10,6 +10,7 @@ import typer
 from tlt_cli.cli.console import Output
 from tlt_cli.cli.options import (
     Axis,
+    Base,
     Device,
     Dtype,
     Family,
@@ -21,6 +22,7 @@ from tlt_cli.cli.options import (
     TokenizerFrom,
     Verbose,
 )
+from tlt_cli.errors import UsageError
 
 EXAMPLES = """
 Examples:
@@ -28,6 +30,8 @@ Examples:
 tlt generate model --prompt "Once upon a time"
 
 tlt generate model --prompt "Once upon a time" --temperature 0 --max-tokens 40 --json | jq .text
+
+tlt generate tree --prompt "Once upon a time" --lock
 """
 
 
@@ -46,6 +50,10 @@ TopP = Annotated[
     float | None, typer.Option("--top-p", metavar="P", help="Draw from the fewest tokens that hold P of the mass.")
 ]
 
+Lock = Annotated[
+    bool, typer.Option("--lock", help="Of a tree of LoRAs: keep to the leaf that the prompt's end is sent to.")
+]
+
 
 def generate(
     source: Source,
@@ -55,6 +63,8 @@ def generate(
     top_k: TopK = None,
     top_p: TopP = None,
     seed: Seed = 0,
+    lock: Lock = False,
+    base: Base = None,
     family: Family = None,
     axis: Axis = None,
     tokenizer: TokenizerFrom = None,
@@ -69,16 +79,23 @@ def generate(
 
     Standard output is the continuation alone, as it is made.
     """
-    from tlt_cli.cli.opening import load_decoder, opened, tokenizer_for
+    from tlt_cli.cli.opening import load_decoder, opened_with_adapter, tokenizer_for
     from tlt_cli.model.generate import generate as draw
     from tlt_cli.model.generate import stop_ids
     from tlt_cli.model.text import pieces
+    from tlt_cli.model.tree import Tree
 
     out = Output(json=json, quiet=quiet, verbose=verbose)
-    checkpoint, fitted = opened(source, out=out, family=family, axes=axis)
-    words = tokenizer_for(checkpoint, fitted.sizes["vocab"], tokenizer)
+    model = opened_with_adapter(source, out=out, base=base, family=family, axes=axis)
+    checkpoint = model.checkpoint
+    words = tokenizer_for(checkpoint, model.fit.sizes["vocab"], tokenizer)
     ids = words.encode(prompt)
-    decoder = load_decoder(checkpoint, fitted, stream=stream, dtype=dtype, device=device)
+    decoder = load_decoder(checkpoint, model.fit, adapter=model.adapter, stream=stream, dtype=dtype, device=device)
+    leaves: dict[str, list[int]] = {}
+    if lock:
+        if not isinstance(decoder.adapter, Tree):
+            raise UsageError(f"--lock goes with a tree of LoRAs, and {source} is none")
+        decoder.adapter.locked = leaves["leaves"] = decoder.adapter.choose_leaf(decoder, ids)
     stops = stop_ids(checkpoint.config, checkpoint.companions)
     drawn, counted = tee(draw(decoder, ids, max_tokens, temperature, top_k, top_p, seed, stops))
     text = ""
@@ -87,4 +104,4 @@ def generate(
         if not json:
             out.write(piece)
     data = {"source": source, "prompt": prompt, "text": text, "tokens": len(list(counted)), "seed": seed}
-    out.result({**data, "temperature": temperature, "top_k": top_k, "top_p": top_p}, line="")
+    out.result({**data, "temperature": temperature, "top_k": top_k, "top_p": top_p, **leaves}, line="")

@@ -39,6 +39,7 @@ def inspect(
 
     Only headers are read: of a repository of the hub, some kilobytes.
     """
+    from tlt_cli.cli.adapters import adapter_of
     from tlt_cli.cli.description import describe, summary, tensor_table
     from tlt_cli.cli.family_draft import drafted_table
     from tlt_cli.cli.family_text import solved_table
@@ -47,6 +48,18 @@ def inspect(
     if toml and json:
         raise UsageError("--toml and --json are two forms of the same: give one of them")
     out = Output(json=json, quiet=quiet, verbose=verbose)
+    adapter = adapter_of(source)
+    if adapter is not None:
+        if toml or family or axis:
+            raise UsageError(
+                f"{source} is a {adapter.kind}, of no family: --toml, --family and --axis go with its base"
+            )
+        data = {**describe(adapter.tensors, None), "source": source, "adapter": dict(adapter.data())}
+        out.result(data, table=tensor_table(data))
+        if not json:
+            for line in (adapter.summary(), *summary(data)):
+                out.summary(line)
+        return
     checkpoint, fitted = opened_if_known(source, out=out, family=family, axes=axis)
     if toml:
         out.write(drafted_table(checkpoint) if fitted is None else solved_table(checkpoint, fitted))

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tlt_cli.checkpoint.reader import Checkpoint
 from tlt_cli.cli.console import Output
-from tlt_cli.cli.opening import load_decoder, opened, parse_dtype, tokenizer_for
+from tlt_cli.cli.opening import Source, load_decoder, opened_with_adapter, parse_dtype, tokenizer_for
 from tlt_cli.families.fit import Fit
 from tlt_cli.model.perplexity import perplexity
 from tlt_cli.model.text import Tokens, load_tokens
@@ -21,10 +20,9 @@ _MOST_WINDOWS = 32
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checkpoint and the text, as its own tokenizer cuts it."""
+    """A model and the text, as its own tokenizer cuts it."""
 
-    checkpoint: Checkpoint
-    fit: Fit
+    model: Source
     tokens: Tokens
 
 
@@ -36,18 +34,19 @@ def prepare(
     axes: Sequence[str] | None,
     tokenizer: str | None,
     data: Sequence[Path] | None,
+    base: str | None = None,
 ) -> list[Prepared]:
     """Open every source and read the text for it; what is wrong with any of them is said before any work."""
     prepared = []
     said = set()
     for source in sources:
-        checkpoint, fitted = opened(source, out=out, family=family, axes=axes)
-        tokens = load_tokens(tokenizer_for(checkpoint, fitted.sizes["vocab"], tokenizer), data)
+        model = opened_with_adapter(source, out=out, base=base, family=family, axes=axes)
+        tokens = load_tokens(tokenizer_for(model.checkpoint, model.fit.sizes["vocab"], tokenizer), data)
         for note in tokens.notes:
             if note not in said:
                 said.add(note)
                 out.note(note)
-        prepared.append(Prepared(checkpoint, fitted, tokens))
+        prepared.append(Prepared(model, tokens))
     return prepared
 
 
@@ -66,23 +65,27 @@ def measure(
     Without a context all of them are read in windows that the shortest-sighted one can see whole.
     """
     if context is None:
-        context = min(USUAL_CONTEXT, *(positions(one.fit) for one in prepared))
+        context = min(USUAL_CONTEXT, *(positions(one.model.fit) for one in prepared))
     reports = []
     for one in prepared:
-        decoder = load_decoder(one.checkpoint, one.fit, device=device, dtype=dtype, stream=stream)
-        with out.progress(f"reading {one.tokens.info['source']} with {one.checkpoint.source}") as progress:
+        model = one.model
+        decoder = load_decoder(
+            model.checkpoint, model.fit, adapter=model.adapter, device=device, dtype=dtype, stream=stream
+        )
+        with out.progress(f"reading {one.tokens.info['source']} with {model.source}") as progress:
             measured = perplexity(
-                decoder, one.tokens.ids, context, batch_size or windows_at_once(one.fit, context), progress
+                decoder, one.tokens.ids, context, batch_size or windows_at_once(model.fit, context), progress
             )
         reports.append(
             {
-                "source": one.checkpoint.source,
+                "source": model.source,
                 **measured,
                 "corpus": one.tokens.info["source"],
                 "corpus_sha256": one.tokens.info["sha256"],
                 "context": context,
                 "tokenizer": one.tokens.info["tokenizer"],
-                "family": one.fit.family.name,
+                "family": model.fit.family.name,
+                **({} if model.adapter is None else {"base": model.checkpoint.source}),
                 "dtype": parse_dtype(dtype or "float32"),
                 "device": str(decoder.device),
             }

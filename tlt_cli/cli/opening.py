@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tlt_cli.axes import bindings
 from tlt_cli.checkpoint.ranks import world_size
 from tlt_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from tlt_cli.cli.adapters import AdapterFolder, adapter_of
 from tlt_cli.cli.console import Output
 from tlt_cli.errors import TltError, UsageError, nearest
 from tlt_cli.families.fit import Fit, fit
@@ -42,12 +44,87 @@ def opened(
     `axes` are as typed, "kv=4" each. With `values=False` of a repository of the hub only headers are fetched. What the
     user should know is noted on `out`. Raises TltError naming the source and the first tensor that does not fit.
     """
+    named = source if isinstance(source, str) else source.source
+    adapter = adapter_of(named)
+    if adapter is not None:
+        raise TltError(
+            f"{named} is a {adapter.kind}, and a model is wanted: fold it into its base first, `tlt fold SRC`"
+        )
     sizes = parse_axes(axes or ())
     checkpoint = open_checkpoint(source, values=values, bars=out.draws) if isinstance(source, str) else source
     fitted = _fitted(checkpoint, out=out, family=family, sizes=sizes)
     if checkpoint.location is not None:
         check_ties(checkpoint, fitted)
     return checkpoint, fitted
+
+
+@dataclass(frozen=True)
+class Source:
+    """What SRC names: a checkpoint fitted to its family, and the adapter beside it, if SRC is one."""
+
+    source: str
+    checkpoint: Checkpoint
+    fit: Fit
+    adapter: AdapterFolder | None = None
+
+
+def opened_with_adapter(
+    source: str,
+    *,
+    out: Output,
+    base: str | None = None,
+    family: str | None = None,
+    axes: Sequence[str] | None = None,
+    values: bool = True,
+) -> Source:
+    """As `opened`, of a checkpoint or of an adapter and its base; `base` is the --base that the user gave.
+
+    Raises TltError where the base is not found, or is another one than the adapter was made for.
+    """
+    adapter = adapter_of(source)
+    if adapter is not None:
+        return beside_its_base(adapter, out=out, base=base, family=family, axes=axes, values=values)
+    if base is not None:
+        raise UsageError(f"--base goes with an adapter, and {source} is none")
+    return Source(source, *opened(source, out=out, family=family, axes=axes, values=values))
+
+
+def beside_its_base(
+    adapter: AdapterFolder,
+    *,
+    out: Output,
+    base: str | None = None,
+    family: str | None = None,
+    axes: Sequence[str] | None = None,
+    values: bool = True,
+) -> Source:
+    """The adapter with its base, opened as `opened` does. TltError where that is not the one it was made for."""
+    place = _base(adapter) if base is None else base
+    try:
+        checkpoint, fitted = opened(place, out=out, family=family, axes=axes, values=values)
+    except TltError as error:
+        if base is not None:
+            raise
+        raise type(error)(
+            f"{adapter.source}: its base cannot be opened: {error}; name another place: --base SRC"
+        ) from error
+    if adapter.base_digest is not None and checkpoint.digest() != adapter.base_digest:
+        raise TltError(
+            f"{adapter.source}: was made for a base with the sha256 {adapter.base_digest}, but {place} has "
+            f"{checkpoint.digest()}; name its own base: --base SRC"
+        )
+    return Source(adapter.source, checkpoint, fitted, adapter)
+
+
+def _base(adapter: AdapterFolder) -> str:
+    """Where the base is: as the config says it, or else as seen from the adapter's folder or from beside it."""
+    if adapter.base is None:
+        raise TltError(f"{adapter.source}: does not say what it adapts; name its base: --base SRC")
+    for place in ("", adapter.folder, adapter.folder.parent):
+        path = Path(place) / Path(adapter.base).expanduser()
+        if path.exists():
+            return str(path)
+    return adapter.base
 
 
 def hashing(source: str) -> str | Checkpoint:
@@ -138,14 +215,23 @@ def parse_device(name: str) -> torch.device:
 
 
 def load_decoder(
-    checkpoint: Checkpoint, fitted: Fit, *, device: str = "auto", dtype: str | None = None, stream: bool = False
+    checkpoint: Checkpoint,
+    fitted: Fit,
+    *,
+    adapter: AdapterFolder | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    stream: bool = False,
 ) -> Decoder:
-    """The model ready to run, in float32 where no dtype is given."""
+    """The model ready to run, in float32 where no dtype is given, with its adapter beside it."""
     from tlt_cli.checkpoint.cast import torch_dtype
     from tlt_cli.model.weights import load_checkpoint
 
     kind, place = torch_dtype(parse_dtype(dtype or "float32")), parse_device(device)
-    return load_checkpoint(checkpoint, fitted, stream=stream, dtype=kind, device=place)
+    decoder = load_checkpoint(checkpoint, fitted, stream=stream, dtype=kind, device=place)
+    if adapter is not None:
+        decoder.adapter = adapter.load(decoder, fitted.family.prefix, dtype=kind)
+    return decoder
 
 
 def tokenizer_for(checkpoint: Checkpoint, vocab: int, given: str | None) -> Tokenizer:

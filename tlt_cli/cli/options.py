@@ -21,6 +21,12 @@ Sources = Annotated[
     typer.Argument(metavar="SRC", help="Files, folders or repositories of the hub (org/name)."),
 ]
 
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base", metavar="SRC", rich_help_panel=_READS, help="The model that an adapter stands beside, if it moved."
+    ),
+]
 Family = Annotated[
     str | None,
     typer.Option(

@@ -67,6 +67,10 @@ def sweep_checkpoint(source: str, request: Request, *, ranks: str | None, plot: 
         check_plot(plot, force=request.force)
     opened = opened_matrices(source, request, out=out, values=True)
     wanted = grid(opened.found, None if ranks is None else _parsed(ranks))
+    if request.align > 1:
+        wanted = [rank for rank in wanted if rank % request.align == 0]
+        if not wanted:
+            raise UsageError(f"--align {request.align}: none of the ranks to look at is a multiple of it")
     if request.output is not None:
         if request.max_perplexity is None:
             raise UsageError("a sweep writes no model; say with --max-perplexity which of its models to write")
@@ -74,7 +78,10 @@ def sweep_checkpoint(source: str, request: Request, *, ranks: str | None, plot: 
     text = eval_text(opened, request, out=out)
     made = decomposed(opened, request, out=out)
     decompose_all(opened.found, made, out=out)
-    errors = {matrix.name: made.losses(matrix) for matrix in opened.found}
+    errors = {
+        matrix.name: made.losses(matrix, [rank for rank in wanted if rank < matrix.break_even])
+        for matrix in opened.found
+    }
     points = sweep(opened.found, errors, wanted, opened.tensors)
     read = None if text is None else _read(opened, request, made, points, text, out=out)
     at = _knee(points, read)
@@ -85,6 +92,7 @@ def sweep_checkpoint(source: str, request: Request, *, ranks: str | None, plot: 
         report["picked"] = report["points"][points.index(picked)]
         if request.output is not None and picked.rank is not None:
             chosen = ranks_at(opened.found, picked.rank)
+            made.as_if_first({m: r for m in opened.found if (r := chosen.by_slot[m.name]) is not None})
             written = write_ranks(
                 opened,
                 request,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tlt_cli.checkpoint.local import open_file
 from tlt_cli.checkpoint.shards import is_single_file
 from tlt_cli.checkpoint.writer import check_target
 from tlt_cli.cli.console import Output, Table
@@ -23,7 +24,7 @@ from tlt_cli.cli.training_log import REGULARIZING, Journal, journal
 from tlt_cli.cli.training_output import derived_output, write_adapter, write_model
 from tlt_cli.cli.training_request import Request
 from tlt_cli.cli.training_start import Subject, Texts, read_texts, start, stream_info, teacher
-from tlt_cli.errors import UsageError, nearest
+from tlt_cli.errors import TltError, UsageError, nearest
 from tlt_cli.model.decoder import Decoder
 from tlt_cli.model.perplexity import perplexity
 from tlt_cli.model.tree import Tree
@@ -35,7 +36,7 @@ from tlt_cli.training.objective import distillation, next_token
 from tlt_cli.training.optimizers import optimizers
 from tlt_cli.training.recipe import Recipe
 from tlt_cli.training.regularize import Regularizer, regularize, spectra, targets
-from tlt_cli.training.state import check_same, latest, load_state, read_extra, save_state
+from tlt_cli.training.state import check_same, latest, load_state, read_extra, reserved, save_state
 from tlt_cli.training.windows import Windows
 from tlt_cli.training.world import World, replicate, shard, start_world
 
@@ -52,13 +53,17 @@ def train_model(request: Request, *, out: Output) -> Outcome:
             subject = start(request, device=world.device, out=out)
             output = request.output or derived_output(request, subject)
             states = output.with_name(f"{output.name}.training")
-            finished = _check(request, subject, output, states, out)
-        if finished is not None:
-            return finished
-        with world.ranks.together():
-            texts = read_texts(request, subject, out=out)
-            recipe = request.recipe(context=texts.context, batch=texts.batch, windows=texts.windows.per_epoch)
-        return _Training(request, subject, texts, recipe, output, states, world, out).carried_out()
+        with contextlib.nullcontext() if request.dry_run else reserved(states, world=world):
+            with world.ranks.together():
+                finished = _check(request, subject, output, states, out)
+            if finished is not None:
+                if world.rank == 0:
+                    _forget(states)
+                return finished
+            with world.ranks.together():
+                texts = read_texts(request, subject, out=out)
+                recipe = request.recipe(context=texts.context, batch=texts.batch, windows=texts.windows.per_epoch)
+            return _Training(request, subject, texts, recipe, output, states, world, out).carried_out()
 
 
 def _check(request: Request, subject: Subject, output: Path, states: Path, out: Output) -> Outcome | None:
@@ -67,17 +72,23 @@ def _check(request: Request, subject: Subject, output: Path, states: Path, out: 
         raise UsageError(f"-o {output}: an adapter is a folder of several files; give a name without a suffix")
     if request.max_shard_size is not None:
         shard_size(request.max_shard_size)
-    if output.exists() and request.resume and not request.force and not states.exists():
+    done = request.resume and not request.force and not states.exists() and _command_of(output)
+    if done and done == request.command(subject.name):
         out.note(f"{output} is there, and no state of an unfinished run: nothing is left to do")
         return Outcome({"operation": "train", "path": str(output), "finished": True}, Table(("", "value"), []))
     force = request.force or (request.resume and states.exists() and latest(states) is not None and _done(states))
     check_target(output, subject.values, force=force)
-    if latest(states) is not None and not request.resume and not request.dry_run:
-        if not request.force:
-            raise UsageError(
-                f"{states} holds the state of an unfinished run: --resume goes on with it, --force begins anew"
-            )
-        shutil.rmtree(states)
+    if latest(states) is not None and not (request.resume or request.force or request.dry_run):
+        raise UsageError(
+            f"{states} holds the state of an unfinished run: --resume goes on with it, --force begins anew"
+        )
+    return None
+
+
+def _command_of(output: Path) -> str | None:
+    """The command that made a finished output, as its weights tell; None where there is none."""
+    for path in (output,) if output.is_file() else sorted(output.glob("*.safetensors")):
+        return str((open_file(path, str(path)).lineage or {}).get("command"))
     return None
 
 
@@ -85,6 +96,16 @@ def _done(states: Path) -> bool:
     """Whether the last state is that of a run whose output was being written."""
     last = latest(states)
     return last is not None and bool(read_extra(last).get("done"))
+
+
+def _forget(states: Path) -> None:
+    """Delete the states of a run: under another name, so that none is seen while their files go one by one."""
+    gone = states.with_name(f".{states.name}.gone")
+    if gone.exists():  # what a kill has left
+        shutil.rmtree(gone)
+    if states.exists():
+        states.rename(gone)
+        shutil.rmtree(gone)
 
 
 @dataclass(frozen=True)
@@ -116,6 +137,9 @@ class _Training:
             adapter=self.subject.adapter, world=world, sharded=sharded, micro=self.request.micro_batch,
             autocast=None if sharded else self._precision(), after=self._after(),
         )  # fmt: skip
+        with world.ranks.together():
+            if world.rank == 0 and not self.request.resume:
+                _forget(self.states)
         first = self._resumed(run)
         if first == 0 and isinstance(self.subject.adapter, Tree):
             some = self.texts.windows.batch(0, min(_AIMED_AT, self.recipe.batch * 4)).to(decoder.device)
@@ -130,10 +154,8 @@ class _Training:
             force=self.request.force or first == self.recipe.steps, out=self.out,
         )  # fmt: skip
         with world.ranks.together():
-            if world.rank == 0 and self.states.exists():
-                gone = self.states.with_name(f".{self.states.name}.done")  # gone at once, whatever happens then
-                self.states.rename(gone)
-                shutil.rmtree(gone)
+            if world.rank == 0:
+                _forget(self.states)
         return Outcome(report, _table(report))
 
     # --- what moves ------------------------------------------------------------------------------------------
@@ -257,7 +279,12 @@ class _Training:
         yield
 
     def _evaluated(self, log: Journal, step: int) -> dict[str, Any]:
-        numbers = evaluate(self.subject.decoder, self.subject.adapter, self.texts)
+        try:
+            numbers = evaluate(self.subject.decoder, self.subject.adapter, self.texts)
+        except TltError as error:
+            if step == 0:
+                raise
+            raise TltError(f"after step {step}: {error}; train at a lower rate than {self.recipe.learning_rate:g}") from error
         if self.request.regularizer is not None:
             numbers.update(spectra(targets(self.subject.decoder, only=self.request.regularize_only)))
         if numbers:

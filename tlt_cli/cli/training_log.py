@@ -100,7 +100,7 @@ def journal(
     path = log_path(output)
     if leads:
         try:
-            kept = [] if not first or not path.exists() else _before(path, first)
+            kept = [] if not first or not path.exists() else _before(path, first, steps)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(kept), encoding="utf-8")
         except OSError as error:
@@ -111,15 +111,18 @@ def journal(
         )
 
 
-def _before(path: Path, first: int) -> list[str]:
-    """The log's lines about steps before `first`; half a line at its end is what a kill leaves."""
+def _before(path: Path, first: int, steps: int) -> list[str]:
+    """The log's lines about steps before `first`; half a line at its end is what a kill leaves.
+
+    The evaluation there belongs to them, but for the last one of a run, which is made again for the output's record.
+    """
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
             entry = json.loads(line)
         except ValueError:
             continue
-        if entry["step"] < first or ("evaluation" in entry and entry["step"] == first):
+        if entry["step"] < first or ("evaluation" in entry and entry["step"] == first < steps):
             kept.append(line)
     return kept
 

@@ -22,6 +22,15 @@ _UNSAID = {
 }  # fmt: skip
 
 
+# what says something of another option, and nothing without it
+_BELONGS = {
+    **dict.fromkeys(("alpha", "target"), ("lora", "lora_tree")), "rslora": ("lora",),
+    **dict.fromkeys(("rank", "route", "tree_nodes"), ("lora_tree",)), "distill_share": ("distill",),
+    **dict.fromkeys(("strength", "target_rank", "regularize_every", "regularize_only"), ("regularizer",)),
+    **dict.fromkeys(("family", "axes"), ("source",)),
+}  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """The options of `tlt train`, under their own names. Raises UsageError for what does not go together."""
@@ -100,6 +109,11 @@ class Request:
             raise UsageError("--only chooses tensors of the model, which stands still beside an adapter: see --target")
         if self.adapts and self.init is not None:
             raise UsageError("an adapter of random weights adapts nothing: train --init first")
+        for each in fields(self):
+            owners = _BELONGS.get(each.name, ())
+            if owners and getattr(self, each.name) != each.default and not any(getattr(self, o) for o in owners):
+                wanted = " or ".join("a checkpoint" if owner == "source" else _option(owner) for owner in owners)
+                raise UsageError(f"{_option(each.name)} says nothing without {wanted}; drop it, or give that too")
         if self.leaf_devices is not None:
             raise UsageError(
                 "--leaf-devices: all leaves are computed as one pair of matrix products on the model's device, which "
@@ -143,8 +157,9 @@ class Request:
         else:
             assert self.epochs is not None
             steps = max(1, round(self.epochs * windows / batch))
+        rate = (_ADAPTER_RATE if self.adapts else _RATE) if self.lr is None else self.lr
         return Recipe(
-            steps=steps, learning_rate=self.lr or (_ADAPTER_RATE if self.adapts else _RATE), batch=batch,
+            steps=steps, learning_rate=rate, batch=batch,
             context=context, optimizer=self.optimizer, schedule=self.schedule, warm_up=self.warm_up, decay=self.decay,
             weight_decay=0.0 if self.adapts else self.weight_decay, clip=self.clip, seed=self.seed,
         )  # fmt: skip
@@ -160,10 +175,14 @@ class Request:
             value = getattr(self, each.name)
             if each.name in _UNSAID or value == each.default:
                 continue
-            option = "--" + {"axes": "axis"}.get(each.name, each.name).replace("_", "-")
+            option = _option(each.name)
             for one in value if isinstance(value, list | tuple) else (value,):
                 words += [option] if one is True else [option, _said(one)]
         return shlex.join(words)
+
+
+def _option(name: str) -> str:
+    return "--" + {"axes": "axis"}.get(name, name).replace("_", "-")
 
 
 def _said(value: Any) -> str:

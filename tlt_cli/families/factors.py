@@ -4,6 +4,7 @@ A *slot* names one matrix: its module, with ".0", ".1", ... behind it where the 
 rank r is stored as `<slot>.lowrank_a.weight` [r, in] and `<slot>.lowrank_b.weight` [out, r], their product the matrix:
 its arrow `out <- in` is split into `out <- rank <- in`. A slot may use another one's `lowrank_a`. Where rows of the
 matrix are rows of `lowrank_a` themselves, `lowrank_b` lacks them and `<slot>.lowrank_rows` lists them, ascending.
+With "bits" factors are int8, and row i counts in units of entry i of `<slot>.lowrank_a.scale` or `lowrank_b.scale`.
 A fused module of which some part is factored is stored as its parts, the dense ones as `<slot>.weight` [out, in].
 """
 
@@ -24,14 +25,16 @@ KEY, DESCRIPTION, VERSION = "lowrank", "tlt_description", 1
 ROPE_SCALING = "rope_scaling"  # kept under KEY: where transformers knows not the type, reading it fails
 MODEL_TYPE = "tlt"  # no type that transformers knows: it must refuse, not take the file for the dense model
 RIGHT, LEFT, ROWS = "lowrank_a", "lowrank_b", "lowrank_rows"
+SCALE = "scale"
 KINDS = (RIGHT, LEFT, ROWS)
+BITS = 8  # of the codes that factors may be stored as
 
 
 @dataclass(frozen=True)
 class LowRank:
     """Ranks by slot; whose right factor a slot shares; which entries of its rank are rows as they are (from, to); the
     size of the feed-forward in layers where it is not the model's. `architectures` and `model_type` are those of the
-    dense model, where its config.json says them, and so is `rope_scaling`."""
+    dense model, where its config.json says them, and so is `rope_scaling`. With `bits` factors are codes and scales."""
 
     ranks: Mapping[str, int]
     shared: Mapping[str, str] = field(default_factory=dict)
@@ -40,6 +43,7 @@ class LowRank:
     architectures: tuple[str, ...] = ()
     model_type: str | None = None
     rope_scaling: Mapping[str, Any] | None = None
+    bits: int | None = None
 
     def data(self) -> dict[str, Any]:
         """As config.json says it."""
@@ -51,6 +55,7 @@ class LowRank:
             **named,
             **typed,
             **({ROPE_SCALING: dict(self.rope_scaling)} if self.rope_scaling else {}),
+            **({} if self.bits is None else {"bits": self.bits}),
             "ranks": dict(self.ranks),
             "shared": dict(self.shared),
             "pivoted": {slot: list(span) for slot, span in self.pivoted.items()},
@@ -116,7 +121,10 @@ def read_lowrank(config: Mapping[str, Any] | None) -> LowRank | None:
     scaling = given.get(ROPE_SCALING)
     if scaling is not None and not isinstance(scaling, dict):
         raise TltError(f"config.json: {KEY}.{ROPE_SCALING} must be an object, not {shortened(scaling)}")
-    return LowRank(ranks, dict(shared), pivoted, ffn, tuple(names), model_type, scaling)
+    bits = given.get("bits")
+    if bits is not None and (isinstance(bits, bool) or bits != BITS):
+        raise TltError(f"config.json: {KEY}.bits must be {BITS}, or not be there, not {shortened(bits)}")
+    return LowRank(ranks, dict(shared), pivoted, ffn, tuple(names), model_type, scaling, bits)
 
 
 def dense_config(config: Mapping[str, Any], lowrank: LowRank) -> dict[str, Any]:
@@ -190,6 +198,9 @@ def factor_places(table: Family, lowrank: LowRank) -> dict[str, Place]:
         for kind, arrow in arrows.items():
             tail = kind if kind == ROWS else f"{kind}.weight"
             found[f"{name}.{tail}"] = _place(slot, f"{name}.{tail}", arrow, kind)
+            if lowrank.bits is not None and kind != ROWS:
+                scale = f"{name}.{kind}.{SCALE}"
+                found[scale] = _place(slot, scale, Arrow((arrow.dims[0],), "", 1), SCALE)
         for part in range(len(roles_of(table, slot.pattern)) if slot.part is not None else 0):
             peer = find_slot(table, f"{slot.module}.{part}")
             if peer.name not in lowrank.ranks:
@@ -219,7 +230,7 @@ def check_complete(table: Family, shapes: Shapes, wanted: Mapping[str, Place]) -
 
 def is_factor(name: str) -> bool:
     """Whether a tensor's name is that of a factor."""
-    return any(name.endswith((f".{kind}.weight", f".{kind}")) for kind in KINDS)
+    return any(name.endswith((f".{kind}.weight", f".{kind}.{SCALE}", f".{kind}")) for kind in KINDS)
 
 
 def own_sizes(sizes: Mapping[str, int], table: Family, lowrank: LowRank, place: Place) -> dict[str, int]:

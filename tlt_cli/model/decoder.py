@@ -38,10 +38,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Cache:
-    """Keys and values of the tokens seen so far, per layer [B, kv heads, S, D]: the next token needs only itself."""
+    """Keys and values of the tokens seen so far, per layer [B, kv heads, S, D]: the next token needs only itself.
+
+    In `notes` an adapter keeps what it must remember of them.
+    """
 
     def __init__(self, layers: int) -> None:
         self.length = 0
+        self.notes: dict[str, Tensor] = {}
         self._seen: list[tuple[Tensor, Tensor] | None] = [None] * layers
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,8 +165,9 @@ class Decoder(nn.Module):
     A matrix may be two factors, b @ a: `<slot>.lowrank_a.weight` [r, in] and `<slot>.lowrank_b.weight` [out, r], a slot
     being a module's name, with ".0", ".1", ... where the module holds several fused. `description["lowrank"]` has
     "ranks" by slot; "shared", whose lowrank_a a slot uses; "pivoted", the entries [from, to] of its rank that are rows
-    of the matrix as they are, which lowrank_b lacks and `<slot>.lowrank_rows` numbers; and "ffn", the size of the
-    feed-forward in layers that have their own.
+    of the matrix as they are, which lowrank_b lacks and `<slot>.lowrank_rows` numbers; "ffn", the size of the
+    feed-forward in layers that have their own; and "bits", with which factors are int8 buffers and each has a parameter
+    `<slot>.lowrank_a.scale` [r] or `<slot>.lowrank_b.scale` [out], a factor for every row.
     """
 
     def __init__(
@@ -186,9 +191,12 @@ class Decoder(nn.Module):
         self._shared: dict[str, str] = lowrank.get("shared", {})
         self._pivoted: dict[str, list[int]] = lowrank.get("pivoted", {})
         self._ffn: dict[str, int] = lowrank.get("ffn", {})
+        self._coded: bool = lowrank.get("bits") is not None
         for name, shape in self._shapes():
             if name.endswith(".lowrank_rows"):
                 self._add(name, torch.arange(*shape, device=device))
+            elif self._scale(name) is not None:
+                self._add(name, torch.zeros(shape, device=device, dtype=torch.int8))
             else:
                 self._add(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self._rooms = self._found_rooms()
@@ -230,15 +238,23 @@ class Decoder(nn.Module):
     def adapter(self, value: Adapter | None) -> None:
         self._adapter = () if value is None else (value,)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As any module does, but an adapter that is a module becomes no part of this one."""
+        if name == "adapter":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     @property
     def longest(self) -> int | None:
         """The number of positions the model has; None where any length runs."""
         limits = [self.description["positions"], *(rope.get("limit") for rope in self.description["ropes"].values())]
-        return min((limit for limit in limits if limit is not None), default=None)
+        known = [limit for limit in limits if limit is not None]
+        return min(known) if known else None
 
     @property
     def stored(self) -> dict[str, Tensor]:
-        """All tensors of the checkpoint by name: the parameters, and the row numbers of pivoted factors."""
+        """All tensors of the checkpoint by name: parameters, row numbers of pivoted factors, codes of coded ones."""
         return {name: getattr(module, leaf) for name, (module, leaf) in self._leaves.items()}
 
     def initialize(self, deviation: float = 0.02, generator: torch.Generator | None = None) -> None:
@@ -253,6 +269,8 @@ class Decoder(nn.Module):
                     parameter.zero_()
                 elif module in norms:
                     parameter.fill_(gain)
+                elif kind == "scale":
+                    parameter.fill_(1.0)
                 else:
                     parameter.normal_(0.0, deviation, generator=generator)
 
@@ -275,11 +293,14 @@ class Decoder(nn.Module):
 
     def rows(self, name: str, ids: Tensor) -> Tensor:
         """Rows `ids` [...] of a stored matrix [rows, H] -> [..., H]."""
+        scale = self._scale(name)
         if self._fetch_rows is None:
-            return functional.embedding(ids, self.weight(name))
-        self._held = None
-        wanted, inverse = torch.unique(ids, return_inverse=True)
-        return self._fetch_rows(name, wanted).to(self._like)[inverse]
+            found = functional.embedding(ids, self.weight(name))
+        else:
+            self._held = None
+            wanted, inverse = torch.unique(ids, return_inverse=True)
+            found = self._fetch_rows(name, wanted).to(self._like)[inverse]
+        return found if scale is None else found * self.weight(scale)[ids, None]
 
     def linear(self, x: Tensor, role: str, layer: int, inner: dict[str, Tensor] | None = None) -> Tensor:
         """One of a block's linears: x [B, T, in] -> [B, T, out], with what the adapter makes of it.
@@ -311,10 +332,10 @@ class Decoder(nn.Module):
         owner = self._shared.get(slot, slot)
         narrow = None if inner is None else inner.get(owner)
         if narrow is None:
-            narrow = functional.linear(x, self.weight(f"{owner}.lowrank_a.weight"))
+            narrow = functional.linear(x, self.factor(f"{owner}.lowrank_a.weight"))
             if inner is not None:
                 inner[owner] = narrow
-        left = self.weight(f"{slot}.lowrank_b.weight")
+        left = self.factor(f"{slot}.lowrank_b.weight")
         if slot not in self._pivoted:
             return functional.linear(narrow, left, bias)
         start, stop = self._pivoted[slot]
@@ -322,6 +343,16 @@ class Decoder(nn.Module):
         place = unpivot(self.weight(f"{slot}.lowrank_rows"), both.shape[-1])
         wide = both.index_select(-1, place)
         return wide if bias is None else wide + bias
+
+    def factor(self, name: str) -> Tensor:
+        """A stored factor as numbers: from codes each row times its scale."""
+        stored, scale = self.weight(name), self._scale(name)
+        return stored if scale is None else stored * self.weight(scale)[:, None]
+
+    def _scale(self, name: str) -> str | None:
+        """What the scales of a matrix's rows are called; None where it is no codes."""
+        coded = self._coded and name.endswith((".lowrank_a.weight", ".lowrank_b.weight"))
+        return f"{name.removesuffix('.weight')}.scale" if coded else None
 
     def normalize(self, x: Tensor, role: str, layer: int = 0) -> Tensor:
         """x [..., n] with unit root-mean-square (arXiv:1910.07467) or unit variance, times the gain; dtype kept."""
@@ -419,7 +450,7 @@ class Decoder(nn.Module):
         if name not in self._ranks:
             return self.rows(f"{name}.weight", ids)
         left = self.rows(f"{name}.lowrank_b.weight", ids)
-        return left @ self.weight(f"{self._shared.get(name, name)}.lowrank_a.weight")
+        return left @ self.factor(f"{self._shared.get(name, name)}.lowrank_a.weight")
 
     def block(self, x: Tensor, layer: int, step: Step) -> Tensor:
         """One layer: the residual stream [B, T, H] in and out."""
@@ -437,7 +468,8 @@ class Decoder(nn.Module):
 
     def attention(self, x: Tensor, layer: int, step: Step) -> Tensor:
         """Attention where `heads / kv_heads` queries share a key and a value (GQA, arXiv:2305.13245). x [B, T, H]."""
-        data, inner = self.description, dict[str, Tensor]()
+        data = self.description
+        inner: dict[str, Tensor] = {}
         query, key, value = (
             torch.unflatten(self.linear(x, role, layer, inner), -1, (-1, data["head_dim"])).transpose(1, 2)
             for role in ("query", "key", "value")
@@ -478,7 +510,7 @@ class Decoder(nn.Module):
         slot, name, vocab, transposed = spot["name"], spot["name"] + ".weight", data["vocab"], spot["transposed"]
         bias = self.weight(slot + ".bias") if spot["bias"] else None
         if slot in self._ranks:
-            x = functional.linear(x, self.weight(f"{self._shared.get(slot, slot)}.lowrank_a.weight"))
+            x = functional.linear(x, self.factor(f"{self._shared.get(slot, slot)}.lowrank_a.weight"))
             name, transposed = f"{slot}.lowrank_b.weight", False
         chunks = []
         for first in range(0, vocab, HEAD_ROWS):
@@ -486,7 +518,7 @@ class Decoder(nn.Module):
             if self._fetch_rows is not None and not transposed:
                 rows = self.rows(name, torch.arange(first, last, device=x.device))
             else:
-                whole = self.weight(name)
+                whole = self.factor(name)
                 rows = (whole.T if transposed else whole)[first:last]
             chunks.append(functional.linear(x, rows, bias if bias is None else bias[first:last]))
         self._held = None
@@ -522,7 +554,7 @@ class Decoder(nn.Module):
         for role, spot in data["roles"].items():
             layers: Iterable[int] = [0] if role in STEM else self._layers()
             for layer in layers:
-                shape = self._sizes(layer)[role]
+                shape = self.sizes(layer)[role]
                 name, part, slot = self._slot(spot, layer)
                 if slot in self._ranks:
                     yield from self._factors(slot, shape)
@@ -534,7 +566,7 @@ class Decoder(nn.Module):
                 if spot["bias"] and not part:
                     yield f"{name}.bias", (shape[0] * (spot["parts"] or 1),)
 
-    def _sizes(self, layer: int) -> dict[str, tuple[int, ...]]:
+    def sizes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Outputs and inputs of every role's matrix in this layer, and the entries of every norm."""
         data = self.description
         hidden, heads, kv = data["hidden"], data["heads"] * data["head_dim"], data["kv_heads"] * data["head_dim"]
@@ -548,9 +580,13 @@ class Decoder(nn.Module):
 
     def _factors(self, slot: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
         rank, (start, stop) = self._ranks[slot], self._pivoted.get(slot, (0, 0))
+        shapes = {"lowrank_b": (shape[0] - (stop - start), rank)}
         if slot not in self._shared:
-            yield f"{slot}.lowrank_a.weight", (rank, shape[1])
-        yield f"{slot}.lowrank_b.weight", (shape[0] - (stop - start), rank)
+            shapes = {"lowrank_a": (rank, shape[1]), **shapes}
+        for kind, sizes in shapes.items():
+            yield f"{slot}.{kind}.weight", sizes
+            if self._coded:
+                yield f"{slot}.{kind}.scale", sizes[:1]
         if slot in self._pivoted:
             yield f"{slot}.lowrank_rows", (stop - start,)
 

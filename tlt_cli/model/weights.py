@@ -38,7 +38,7 @@ def load(
         if tensor.shape != placeholder.shape:
             raise TltError(f"{name} is {list(tensor.shape)}, but the decoder needs {list(placeholder.shape)}")
         module, _, leaf = name.rpartition(".")
-        _check_rows(decoder, name, tensor)
+        _check_integers(decoder, name, tensor)
         value = nn.Parameter(tensor) if isinstance(placeholder, nn.Parameter) else tensor
         setattr(decoder.get_submodule(module), leaf, value)
     decoder._like = torch.empty(0, device=device, dtype=dtype)
@@ -58,9 +58,15 @@ def _finite(read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
     return checked
 
 
-def _check_rows(decoder: Decoder, name: str, tensor: Tensor) -> None:
-    """TltError where the row numbers of a pivoted factor are not ascending or not rows of its matrix."""
-    if tensor.is_floating_point() or not name.endswith(".lowrank_rows"):
+def _check_integers(decoder: Decoder, name: str, tensor: Tensor) -> None:
+    """TltError where codes are no integers, or the row numbers of a pivoted factor not ascending rows of its matrix."""
+    wanted = decoder.stored[name]
+    if wanted.is_floating_point():
+        return
+    if tensor.dtype != wanted.dtype:
+        kinds = [str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, wanted.dtype)]
+        raise TltError(f"{name} is stored as {kinds[0]}, but config.json makes it {kinds[1]}")
+    if not name.endswith(".lowrank_rows"):
         return
     left = decoder.stored[f"{name.removesuffix('.lowrank_rows')}.lowrank_b.weight"]
     size = len(left) + len(tensor)
@@ -95,7 +101,7 @@ def load_checkpoint(
 
     def fetch(name: str) -> Tensor:
         tensor = read(name)
-        _check_rows(decoder, name, tensor)
+        _check_integers(decoder, name, tensor)
         return tensor
 
     decoder = Decoder.stream(description, fetch, rows, dtype=dtype, device=device)

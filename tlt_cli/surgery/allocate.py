@@ -59,7 +59,12 @@ def allocation(options: Sequence[Sequence[Choice]], budget: int) -> Allocation:
     """As `allocate`, with the sums and what is known of the optimum."""
     sizes = [np.array([choice.parameters for choice in group], dtype=np.int64) for group in options]
     losses = [np.array([choice.loss for choice in group], dtype=np.float64) for group in options]
-    assert all(len(group) for group in options) and all(np.isfinite(loss).all() for loss in losses)
+    return allocation_of(sizes, losses, budget)
+
+
+def allocation_of(sizes: Sequence[Integers], losses: Sequence[Floats], budget: int) -> Allocation:
+    """As `allocation`, of parameters and losses by group, the i-th choice the i-th of both."""
+    assert all(len(group) for group in sizes) and all(np.isfinite(loss).all() for loss in losses)
     least = sum(int(size.min()) for size in sizes)
     if least > budget:
         raise TltError(f"the smallest choice of every matrix takes {least:,} parameters; the budget is {budget:,}")

@@ -17,6 +17,7 @@ again through float64 where values that small come before break-even.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +29,9 @@ DAMPING = 0.05  # of G's mean diagonal; insensitive between 0.005 and 0.3
 _RIDGE = 1e-12  # of H's mean diagonal: orders the directions that no input reached, far below what the metric sees
 _SMALL = 1024  # a side up to which float64 costs nothing that anyone would notice
 _RESOLVED = 1e-5  # of the largest energy: what a Gram matrix in float32 tells apart from its rounding
+_OVERSAMPLED = 16  # directions beside those that are wanted
+_ITERATIONS = 4  # after so many the exact route is not much dearer
+_STILL = 1e-6  # relative gain of an iteration in the squared error that is none
 _UNSEEN = 1e-14  # of the largest energy in a metric: what is less is rounding, and keeps the ridge's order
 
 
@@ -78,6 +82,42 @@ def decompose(
     return Decomposition(
         squares.sqrt(), float(squares.sum()), left[:, order].float(), right[order].float().contiguous(), tails
     )
+
+
+def truncated(weight: Tensor, rank: int) -> Decomposition | None:
+    """The best factors [m, n] of one rank, by randomized subspace iteration (Halko, Martinsson, Tropp 2011); None where
+    they are not found to be the best.
+
+    What they lose is measured, ||W - b a||, and found to be the least by one more power iteration, which must not lower
+    it any more: so it is where singular values fall off behind the rank. Where they do not, as in the flat bulk of
+    trained weights, only `decompose` tells.
+    """
+    wide = weight.float()
+    scale = wide.abs().max()
+    if not scale > 0:
+        return None
+    wide = wide / scale
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(wide.shape[1], rank + _OVERSAMPLED, generator=generator).to(wide)
+    basis = torch.linalg.qr(wide @ start)[0]
+    energy, before = float(wide.square().sum(dtype=torch.float64)), math.inf
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(wide @ torch.linalg.qr(wide.T @ basis)[0])[0]
+        inner = (basis.T @ wide).double()
+        squares, turned = _eigh(inner @ inner.T)
+        squares = squares.flip(0)[:rank].clamp_min(0)
+        lost = max(0.0, energy - float(squares.sum()))
+        if before - lost <= _STILL * lost:
+            left = basis @ turned.flip(1)[:, :rank].to(basis)
+            right = left.T @ wide
+            lost = float((wide - left @ right).square().sum(dtype=torch.float64))
+            tails = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)]) + lost
+            wider = float(scale)
+            return Decomposition(
+                squares.sqrt() * wider, float(tails[0]) * wider**2, left, right * scale, tails.sqrt() * wider
+            )
+        before = lost
+    return None
 
 
 def _solve(

@@ -49,11 +49,13 @@ def stored_parameters(matrix: Matrix, rank: int | None) -> int:
     return matrix.size if rank is None else rank * (matrix.rows + matrix.columns)
 
 
-def at_rank(found: Sequence[Matrix], rank: int, *, saving: bool = True) -> Ranks:
+def at_rank(found: Sequence[Matrix], rank: int, *, saving: bool = True, align: int = 1) -> Ranks:
     """One rank for all. With `saving` a matrix stays dense where that takes no more, else only where its own rank is no
-    higher. Raises UsageError for a rank that changes nothing at all."""
+    higher. Raises UsageError for a rank that changes nothing at all, or is no multiple of `align`."""
     if rank < 1:
         raise UsageError(f"--rank {rank}: a rank is at least 1")
+    if rank % align:
+        raise UsageError(f"--rank {rank} is no multiple of --align {align}; take {max(1, rank // align) * align}")
     most = max(_limit(matrix, saving) for matrix in found)
     if rank >= most:
         what = "gets smaller" if saving else "has a higher rank"
@@ -66,21 +68,25 @@ def ranks_at(found: Sequence[Matrix], rank: int, *, saving: bool = True) -> Rank
     return _ranks(found, {matrix.name: rank for matrix in found}, saving=saving)
 
 
-def at_keep(found: Sequence[Matrix], keep: float, *, saving: bool = True) -> Ranks:
-    """The same share of every matrix's parameters: r = floor(keep m n / (m + n)), at least 1."""
+def at_keep(found: Sequence[Matrix], keep: float, *, saving: bool = True, align: int = 1) -> Ranks:
+    """The same share of every matrix's parameters: r = floor(keep m n / (m + n)) down to a multiple of `align`, and at
+    least that."""
     check_keep(keep)
-    wanted = {matrix.name: max(1, floor(keep * matrix.size / (matrix.rows + matrix.columns))) for matrix in found}
+    most = {matrix.name: floor(keep * matrix.size / (matrix.rows + matrix.columns)) for matrix in found}
+    wanted = {name: max(1, rank // align) * align for name, rank in most.items()}
     return _ranks(found, wanted, saving=saving)
 
 
-def at_energy(found: Sequence[Matrix], spectra: Mapping[str, Tensor], energy: float, *, saving: bool = True) -> Ranks:
-    """The smallest rank of each matrix that holds this share of its squared singular values."""
+def at_energy(
+    found: Sequence[Matrix], spectra: Mapping[str, Tensor], energy: float, *, saving: bool = True, align: int = 1
+) -> Ranks:
+    """The smallest rank of each matrix, a multiple of `align`, that holds this share of its squared singular values."""
     if not 0 < energy < 1:
         raise UsageError(f"--energy {energy}: expected a share between 0 and 1, such as 0.99")
     wanted = {}
     for matrix in found:
         held = spectra[matrix.name].square().cumsum(0)
-        wanted[matrix.name] = 1 + int((held < energy * held[-1]).sum())
+        wanted[matrix.name] = -(-(1 + int((held < energy * held[-1]).sum())) // align) * align
     return _ranks(found, wanted, saving=saving)
 
 
@@ -99,7 +105,7 @@ def allocated(found: Sequence[Matrix], errors: Mapping[str, Tensor], keep: float
 
 def choices(matrix: Matrix, errors: Tensor, *, align: int = 1) -> list[Choice]:
     """Every rank below break-even that is a multiple of `align`, with its loss from `errors` [k + 1], and dense."""
-    ranks = list(range(align, matrix.break_even, align)) or list(range(1, matrix.break_even))[-1:]
+    ranks = range(align, matrix.break_even, align)
     found = [Choice(rank, stored_parameters(matrix, rank), float(errors[rank])) for rank in ranks if rank < len(errors)]
     return [*found, Choice(None, matrix.size, 0.0)]
 

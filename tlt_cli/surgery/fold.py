@@ -17,10 +17,11 @@ from tlt_cli.axes import shape
 from tlt_cli.checkpoint.planned import PlannedTensor, Tensors
 from tlt_cli.errors import TltError
 from tlt_cli.families import Fit, Place
-from tlt_cli.families.factors import LEFT, RIGHT, ROWS, LowRank, Slot, dense_config, find_slot, slot_shape
+from tlt_cli.families.factors import LEFT, RIGHT, ROWS, SCALE, LowRank, Slot, dense_config, find_slot, slot_shape
 from tlt_cli.families.place import roles_of
 from tlt_cli.families.sizes import edit_config
 from tlt_cli.surgery.plan import Plan
+from tlt_cli.surgery.quantize import read_factor
 
 _BLOCK = 1 << 22  # entries that are multiplied out at a time
 
@@ -45,7 +46,9 @@ def fold(fitted: Fit, dtypes: Mapping[str, str]) -> Plan:
             continue
         done.add(slot.module)
         left = next(one for one in fitted.places.values() if one.slot == place.slot and one.kind in (LEFT, "weight"))
-        planned.append(_multiplied(fitted, lowrank, slot, sizes, left.name, dtypes[left.name]))
+        coded = lowrank.bits is not None and left.kind == LEFT
+        dtype = dtypes[f"{place.slot}.{LEFT}.{SCALE}" if coded else left.name]
+        planned.append(_multiplied(fitted, lowrank, slot, sizes, left.name, dtype))
     narrow = sorted(lowrank.ffn)
     notes = []
     if narrow and sizes["ffn"] > min(lowrank.ffn.values()):
@@ -58,6 +61,15 @@ def fold(fitted: Fit, dtypes: Mapping[str, str]) -> Plan:
         details={"family": table.name, "folded": len(lowrank.ranks)},
         notes=tuple(notes),
     )
+
+
+def product(values: Tensors, fitted: Fit, slot: str) -> Tensor:
+    """The matrix of a factored slot [out, in], multiplied out in float64 from what `values` hold."""
+    assert fitted.lowrank is not None
+    part = _part(fitted, fitted.lowrank, find_slot(fitted.family, slot), fitted.sizes)
+    a, b = part.factors(values)
+    assert a is not None, f"{slot} is not factored"
+    return b @ a
 
 
 def _plain(fitted: Fit, lowrank: LowRank) -> tuple[dict[str, Any], dict[str, int]]:
@@ -96,13 +108,14 @@ class _Part:
     span: tuple[int, int] | None
     size: tuple[int, int]
     wanted: tuple[int, int]
+    bits: int | None
 
     def factors(self, values: Tensors) -> tuple[Tensor | None, Tensor]:
         """(a, b) in float64, b with all its rows; (None, the matrix) where it is dense."""
         if self.rank is None:
             return None, values.read(f"{self.slot}.weight").double()
-        a, b = (values.read(f"{slot}.{kind}.weight") for slot, kind in ((self.owner, RIGHT), (self.slot, LEFT)))
-        b = b.double()
+        a = read_factor(values, self.owner, RIGHT, self.bits)
+        b = read_factor(values, self.slot, LEFT, self.bits)
         if self.span is not None:
             rows, (start, stop) = values.read(f"{self.slot}.{ROWS}"), self.span
             others = torch.ones(self.size[0], dtype=torch.bool)
@@ -111,28 +124,29 @@ class _Part:
             whole[others] = b
             whole[rows, torch.arange(start, stop)] = 1.0
             b = whole
-        return a.double(), b
+        return a, b
+
+
+def _part(fitted: Fit, lowrank: LowRank, slot: Slot, sizes: Mapping[str, int]) -> _Part:
+    return _Part(
+        slot.name,
+        lowrank.shared.get(slot.name, slot.name),
+        lowrank.ranks.get(slot.name),
+        lowrank.pivoted.get(slot.name),
+        slot_shape(fitted.sizes, fitted.family, lowrank, slot),
+        slot_shape(sizes, fitted.family, LowRank({}), slot),
+        lowrank.bits,
+    )
 
 
 def _multiplied(
     fitted: Fit, lowrank: LowRank, slot: Slot, sizes: Mapping[str, int], source: str, dtype: str
 ) -> PlannedTensor:
     """The stored tensor that a slot belongs to: all its parts multiplied out, one behind the other."""
-    table, plain = fitted.family, LowRank({})
+    table = fitted.family
     count = len(roles_of(table, slot.pattern))
-    parts = []
-    for name in [slot.name] if slot.part is None else [f"{slot.module}.{part}" for part in range(count)]:
-        one = find_slot(table, name)
-        parts.append(
-            _Part(
-                name,
-                lowrank.shared.get(name, name),
-                lowrank.ranks.get(name),
-                lowrank.pivoted.get(name),
-                slot_shape(fitted.sizes, table, lowrank, one),
-                slot_shape(sizes, table, plain, one),
-            )
-        )
+    names = [slot.name] if slot.part is None else [f"{slot.module}.{part}" for part in range(count)]
+    parts = [_part(fitted, lowrank, find_slot(table, name), sizes) for name in names]
     arrow = table.rows[slot.pattern]
     transposed = arrow.sign == "->" and slot.role not in ("embedding", "positions")
     rows, columns = sum(part.wanted[0] for part in parts), parts[0].wanted[1]

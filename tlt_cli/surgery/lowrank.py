@@ -1,8 +1,9 @@
 """What a factored checkpoint is made of: a Plan with two factors in the place of every chosen matrix.
 
 `<slot>.lowrank_a.weight` [r, in] and `<slot>.lowrank_b.weight` [out, r], their product the matrix, whatever its storage
-was; biases stay where they are. A fused tensor of which some part is factored is stored as its parts. How the files and
-config.json say all this is told in `families.factors`, which reads it back.
+was; biases stay where they are. A fused tensor of which some part is factored is stored as its parts. With `bits` the
+factors are int8 codes, with `.scale` beside each `.weight`. How the files and config.json say all this is told in
+`families.factors`, which reads it back.
 """
 
 from __future__ import annotations
@@ -18,19 +19,36 @@ import torch
 from torch import Tensor
 
 from tlt_cli.axes import dim_size
+from tlt_cli.checkpoint.cast import torch_dtype
 from tlt_cli.checkpoint.planned import PlannedTensor, Tensors
 from tlt_cli.errors import TltError
 from tlt_cli.families import Fit, Place, fit
-from tlt_cli.families.factors import LEFT, RIGHT, ROPE_SCALING, ROWS, LowRank, find_slot, refuse_factored, slot_shape
+from tlt_cli.families.factors import (
+    LEFT,
+    RIGHT,
+    ROPE_SCALING,
+    ROWS,
+    SCALE,
+    LowRank,
+    find_slot,
+    refuse_factored,
+    slot_shape,
+)
 from tlt_cli.model.describe import describe
 from tlt_cli.model.modeling import shipped
 from tlt_cli.surgery.fold import fold
 from tlt_cli.surgery.matrices import Matrix, read_matrix
 from tlt_cli.surgery.pivots import Pivoted, pivot
 from tlt_cli.surgery.plan import Plan
+from tlt_cli.surgery.quantize import quantized
 
 Factors = Callable[[str], tuple[Tensor, Tensor]]
 Values = Callable[[], Tensor]
+Metric = Callable[[str], Tensor | None]
+
+
+def _alike(_: str) -> None:
+    """The metric in which all inputs count alike."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,8 @@ def factored_plan(
     exact: bool = False,
     details: Mapping[str, Any] = {},
     notes: Sequence[str] = (),
+    bits: int | None = None,
+    metric: Metric = _alike,
 ) -> Plan:
     """The Plan of `--format lowrank`. `dtypes` are the stored dtypes by tensor; factors get those of their matrix.
 
@@ -67,6 +87,9 @@ def factored_plan(
     cut to them, while factors and changed tensors have the final shape. `changed` has the values of tensors that are
     neither copies nor factors, by the name and in the layout in which the output stores them: a fused tensor's parts,
     where stored one by one, as "<slot>.weight" [out, in].
+
+    With `bits` factors are codes and scales, their product as close as they come in `metric(slot)`, the second moment
+    of what the matrix reads: [in, in] or its diagonal [in], None for the identity.
 
     Where several slots of one right factor are pivoted, how many rows each of them gives depends on the values: those
     factors are asked for at once. Raises TltError for what cannot be stored so.
@@ -83,8 +106,9 @@ def factored_plan(
         architectures=tuple(architectures),
         model_type=fitted.config.get("model_type"),
         rope_scaling=scaling if isinstance(scaling, dict) and scaling else None,
+        bits=bits,
     )
-    store = _Store(fitted, lowrank, factored, factors)
+    store = _Store(lowrank, factored, factors, metric, dtypes)
     lowrank = replace(lowrank, pivoted=store.spans)
     by_tensor: dict[str, dict[int | None, Factored]] = defaultdict(dict)
     for one in factored:
@@ -200,14 +224,18 @@ def _factors(one: Factored, lowrank: LowRank, fitted: Fit, store: _Store, dtype:
     matrix, rank = one.matrix, one.rank
     rows, columns = slot_shape(fitted.sizes, fitted.family, lowrank, find_slot(fitted.family, matrix.name))
     start, stop = lowrank.pivoted.get(matrix.name, (0, 0))
-    double = dtype == "F64"
+    double, coded = dtype == "F64", lowrank.bits is not None
     shapes = {LEFT: (rows - (stop - start), rank)}
     if one.shared_with is None:
         shapes = {RIGHT: (rank, columns), **shapes}
     for kind, shape in shapes.items():
         name = f"{matrix.name}.{kind}.weight"
         work = 8 * (_work(shape) + matrix.size)
-        yield PlannedTensor(name, shape, dtype, matrix.tensor, store.reader(name, shape, double), work)
+        stored = "I8" if coded else dtype
+        yield PlannedTensor(name, shape, stored, matrix.tensor, store.reader(name, shape, double), work)
+        if coded:
+            name, lengths = f"{matrix.name}.{kind}.{SCALE}", shape[:1]
+            yield PlannedTensor(name, lengths, dtype, matrix.tensor, store.reader(name, lengths, double), work)
     if stop:
         name = f"{matrix.name}.{ROWS}"
         yield PlannedTensor(name, (stop - start,), "I64", matrix.tensor, store.reader(name, (stop - start,), double))
@@ -263,8 +291,15 @@ class _Store:
     """The factors' values by tensor name. Slots that share a right factor are computed together, once for all of their
     tensors, and let go when all have been read."""
 
-    def __init__(self, fitted: Fit, lowrank: LowRank, factored: Sequence[Factored], factors: Factors) -> None:
-        self._fitted, self._lowrank, self._factors = fitted, lowrank, factors
+    def __init__(
+        self,
+        lowrank: LowRank,
+        factored: Sequence[Factored],
+        factors: Factors,
+        metric: Metric,
+        dtypes: Mapping[str, str],
+    ) -> None:
+        self._lowrank, self._factors, self._metric, self._dtypes = lowrank, factors, metric, dtypes
         self._groups: dict[str, list[Factored]] = defaultdict(list)
         for one in sorted(factored, key=lambda one: one.shared_with is not None):  # owners come first
             self._groups[one.shared_with or one.matrix.name].append(one)
@@ -277,10 +312,9 @@ class _Store:
             if len(chosen) == 1:
                 self.spans[chosen[0].matrix.name] = (0, chosen[0].rank)
             elif chosen:
-                self._held[owner] = self._compute(owner)
-                start = 0
+                held, start = self._compute(owner), 0  # and let go: that of all owners at once may not fit
                 for one in chosen:
-                    rows = len(self._held[owner].get(f"{one.matrix.name}.{ROWS}", ()))
+                    rows = len(held.get(f"{one.matrix.name}.{ROWS}", ()))
                     if rows:
                         self.spans[one.matrix.name] = (start, start + rows)
                     start += rows
@@ -313,8 +347,18 @@ class _Store:
             for index in chosen:
                 if len(made.rows[index]):
                     found[f"{group[index].matrix.name}.{ROWS}"] = made.rows[index]
-        found[f"{owner}.{RIGHT}.weight"] = right
-        return found | {f"{one.matrix.name}.{LEFT}.weight": left for one, left in zip(group, lefts, strict=True)}
+        names = [f"{owner}.{RIGHT}", *(f"{one.matrix.name}.{LEFT}" for one in group)]
+        if self._lowrank.bits is None:
+            return found | {f"{name}.weight": value for name, value in zip(names, (right, *lefts), strict=True)}
+        a, b = quantized(
+            right, torch.cat(lefts), inputs=self._metric(owner), pivoted=bool(chosen),
+            dtype=torch_dtype(self._dtypes[group[0].matrix.tensor]),
+        )  # fmt: skip
+        sizes = [len(left) for left in lefts]
+        codes, scales = (a.codes, *torch.split(b.codes, sizes)), (a.scale, *torch.split(b.scale, sizes))
+        for name, code, scale in zip(names, codes, scales, strict=True):
+            found |= {f"{name}.weight": code, f"{name}.{SCALE}": scale}
+        return found
 
     def _oriented(self, one: Factored, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """As they are stored: a table of embeddings is words by entries, though its arrow reads words."""

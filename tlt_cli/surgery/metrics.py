@@ -3,7 +3,7 @@
 - svd         all entries alike (Eckart and Young 1936)
 - activation  columns by the mean size of their input, to the power 1/2 (ASVD, arXiv:2312.05821)
 - whiten      inputs by their second moment: the output's own squared error (SVD-LLM's optimum, arXiv:2403.07378)
-- fisher      columns by their summed squared gradients (FWSVD, arXiv:2207.00112)
+- fisher      inputs by the squared gradients of their entries, summed (FWSVD, arXiv:2207.00112)
 - kfac        inputs and output gradients by their second moments: the loss to second order (K-FAC, arXiv:1503.05671)
 - weighted    every entry by its squared gradient: no closed form, expectation maximisation (Srebro and Jaakkola 2003)
 """
@@ -17,11 +17,12 @@ from typing import Protocol
 from torch import Tensor
 
 from tlt_cli.errors import UsageError, nearest
-from tlt_cli.surgery.decompose import Decomposition, decompose
+from tlt_cli.surgery.decompose import DAMPING, Decomposition, decompose
 
 METHODS = ("svd", "weighted", "fisher", "kfac", "activation", "whiten")
 _WITH_TEXT = METHODS[1:]
 _WITH_GRADIENTS = ("weighted", "fisher", "kfac")
+_WITH_ENTRIES = ("weighted", "fisher")
 _MOST_STEPS = 200
 _SETTLED = 1e-4  # relative gain of a step below which another one is not worth its decomposition
 _FLOOR = 1e-6  # of the mean weight: rows without any are carried along instead of divided by zero
@@ -79,6 +80,11 @@ def needs_gradients(method: str) -> bool:
     return method in _WITH_GRADIENTS
 
 
+def needs_entries(method: str) -> bool:
+    """Whether it weighs every entry of a matrix by itself."""
+    return method in _WITH_ENTRIES
+
+
 def factorize(weight: Tensor, method: str, seen: Seen | None = None) -> Factorization:
     """The factors of weight [m, n] by a method, at every rank. `seen` holds what the method weighs by."""
     if method == "svd":
@@ -102,6 +108,32 @@ def factorize(weight: Tensor, method: str, seen: Seen | None = None) -> Factoriz
     if method == "fisher":
         return decompose(weight, inputs=seen.importance.sum(0))
     return Weighted(weight.double(), seen.importance.double())
+
+
+def energy(change: Tensor, method: str, seen: Seen | None = None) -> float:
+    """The squared norm of a change [m, n] in the method's metric: what `factorize` makes as small as it can be.
+
+    Measured on the change itself, in float64, with no decomposition of anything.
+    """
+    change = change.double()
+    if method == "svd":
+        return float(change.square().sum())
+    assert seen is not None
+    if method in ("weighted", "fisher"):
+        assert seen.importance is not None
+        weights = seen.importance if method == "weighted" else seen.importance.sum(0)
+        return float((weights.double() * change.square()).sum())
+    if method == "activation":
+        assert seen.absolute is not None
+        return float((seen.absolute.double() * change.square()).sum())
+    assert seen.inputs is not None
+    felt = change
+    if method == "kfac":
+        assert seen.outputs is not None
+        outputs = seen.outputs.double()
+        mean = outputs.diagonal().mean()
+        felt = outputs @ change + DAMPING * mean * change if mean > 0 else change
+    return max(0.0, float((felt * (change @ seen.inputs.double())).sum()))
 
 
 def _diagonal(moment: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ written may be in a coarser dtype: its distance is reported, and bounded only by
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from tlt_cli.checkpoint.planned import Tensors
 from tlt_cli.errors import TltError
 from tlt_cli.families import Fit, fit
 from tlt_cli.model.compare import Distance, compare
-from tlt_cli.model.decoder import Decoder
+from tlt_cli.model.decoder import Adapter, Decoder
 from tlt_cli.model.describe import describe
 from tlt_cli.model.weights import load_checkpoint
 from tlt_cli.surgery.plan import Plan
@@ -56,15 +57,25 @@ def sample_tokens(fitted: Fit, text: Tensor | None = None, *, seed: int = 0) -> 
 
 
 def verify(
-    fitted: Fit, plan: Plan, values: Checkpoint, ids: Tensor, *, written: Checkpoint | None = None
+    fitted: Fit,
+    plan: Plan,
+    values: Checkpoint,
+    ids: Tensor,
+    *,
+    written: Checkpoint | None = None,
+    adapted: Callable[[Decoder, torch.dtype], Adapter] | None = None,
 ) -> Verification:
     """Run the source, the plan and, where its dtype is coarser than float32, what was written. Streams: memory is one
-    tensor at a time. A miss in float32 is measured again in float64 before it counts."""
+    tensor at a time. A miss in float32 is measured again in float64 before it counts.
+
+    `adapted` makes the adapter beside the source, for a plan that folds one.
+    """
     grown = fit(plan.shapes, plan.config, family=fitted.family)
     bound = BOUND * max(1.0, math.sqrt(grown.sizes["layer"] / 4))
     found = None
     for dtype in (torch.float32, torch.float64):
         source = load_checkpoint(values, fitted, stream=True, dtype=dtype)
+        source.adapter = None if adapted is None else adapted(source, dtype)
         found = Verification(compare(source, planned_decoder(plan, grown, values, dtype=dtype), ids), bound)
         if found.holds:
             break
@@ -72,6 +83,7 @@ def verify(
     if written is None or not _rounded(plan, values) or not plan.exact:
         return found
     source = load_checkpoint(values, fitted, stream=True)
+    source.adapter = None if adapted is None else adapted(source, torch.float32)
     distance = compare(source, load_checkpoint(written, grown, stream=True), ids)
     return Verification(found.computed, bound, distance)
 

@@ -29,15 +29,18 @@ def initial_config(spec: str, *, vocab: int, context: int) -> dict[str, Any]:
         return _read(Path(spec))
     name, _, rest = spec.partition(":")
     given, keys = _parsed(spec, rest)
-    table = load_family(name)
+    try:
+        table = load_family(name)
+    except TltError as error:
+        raise UsageError(f"--init {spec}: {error}") from error
     gated = "gate" in table.roles
     dim, layers = given.get("dim", 256), given.get("layers", 4)
-    heads = given.get("heads") or max(1, dim // given.get("head_dim", _HEAD))
+    rotary = "rotary" in table.axes
+    heads = given.get("heads") or _heads(dim, given.get("head_dim"), rotary)
     kv, head_dim = given.get("kv_heads", heads), given.get("head_dim", dim // heads)
     for what, whole, part in (("heads", dim if "head_dim" not in given else heads, heads), ("kv_heads", heads, kv)):
         if whole % part:
             raise UsageError(f"--init {spec}: {what}={part} does not divide {whole}")
-    rotary = "rotary" in table.axes
     if rotary and head_dim % 2:
         raise UsageError(f"--init {spec}: a head of {head_dim} entries has no rotary pairs; it must be even")
     ffn = given.get("ffn", (8 * dim // 3 + 31) // 32 * 32 if gated else 4 * dim)
@@ -47,6 +50,14 @@ def initial_config(spec: str, *, vocab: int, context: int) -> dict[str, Any]:
     }  # fmt: skip
     wanted = {axis: size for axis, size in sizes.items() if axis in table.axes}
     return {**_sized(table, wanted, spec, context), **keys}
+
+
+def _heads(dim: int, head_dim: int | None, rotary: bool) -> int:
+    """How many heads a stream of `dim` entries has where nothing says so: the fewest that divide it well."""
+    if head_dim is not None:
+        return max(1, dim // head_dim)
+    fitting = (heads for heads in range(1, dim + 1) if dim % heads == 0 and dim // heads <= _HEAD)
+    return next((heads for heads in fitting if not (rotary and dim // heads % 2)), 1)
 
 
 def _sized(table: Family, sizes: Mapping[str, int], spec: str, context: int) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def take_step(run: Run, step: int) -> Done:
     if not count:
         raise TltError(f"no token of step {step} is to be predicted: every document is one token long; give more text")
     set_rate(run.optimizers, recipe.rate(step))
-    micro = run.micro or max(1, len(mine))
+    micro = max(1, min(run.micro or len(mine), len(mine)))
     pieces = [batch[first : first + micro] for first in range(0, len(mine), micro)]
     nll = torch.zeros((), device=run.decoder.device)
     if run.adapter is not None:

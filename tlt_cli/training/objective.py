@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from tlt_cli.model.decoder import Decoder
+from tlt_cli.training.cross_entropy import summed_cross_entropy
 from tlt_cli.training.windows import IGNORED, Batch, targets
 
 LOGIT_BYTES = 1 << 28  # of logits that are kept at once; larger ones are made again on the way back
@@ -90,16 +91,16 @@ def _in_chunks(loss: Callable[[Tensor, Tensor], Tensor], decoder: Decoder, strea
 
 
 def _cross_entropy(decoder: Decoder, stream: Tensor, wanted: Tensor) -> Tensor:
-    logits = decoder.logits(stream)[0]
+    logits = decoder.logits(stream).squeeze(0)  # not [0]: that is a copy of all logits on the way back
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return functional.cross_entropy(wide, wanted, ignore_index=IGNORED, reduction="sum")
+    return summed_cross_entropy(wide, wanted, IGNORED)
 
 
 def _divergence(
     decoder: Decoder, teacher: Decoder, width: int, temperature: float, both: Tensor, wanted: Tensor
 ) -> Tensor:
-    own = (decoder.logits(both[..., :width])[0].float() / temperature).log_softmax(-1)
+    own = (decoder.logits(both[..., :width]).squeeze(0).float() / temperature).log_softmax(-1)
     with torch.no_grad():
-        other = (teacher.logits(both[..., width:])[0].float() / temperature).log_softmax(-1)
+        other = (teacher.logits(both[..., width:]).squeeze(0).float() / temperature).log_softmax(-1)
     each = functional.kl_div(own, other, log_target=True, reduction="none").sum(-1)
     return each.masked_fill(wanted == IGNORED, 0.0).sum() * temperature**2

@@ -42,7 +42,8 @@ class Recipe:
                 raise UsageError(f"--{option} {value}: expected at least 1")
         if not 0 < self.learning_rate < math.inf:
             raise UsageError(f"--lr {self.learning_rate}: expected a rate above 0")
-        for option, size in (("weight-decay", self.weight_decay), ("clip", self.clip)):
+        counts = (("warm-up", self.warm_up or 0), ("decay", self.decay or 0))
+        for option, size in (("weight-decay", self.weight_decay), ("clip", self.clip), *counts):
             if not 0 <= size < math.inf:
                 raise UsageError(f"--{option} {size}: expected at least 0")
         if not 0 <= self.seed < 1 << 63:
@@ -76,14 +77,13 @@ class Recipe:
         return self.learning_rate * self._share(step)
 
     def _share(self, step: int) -> float:
-        warm, left = self.warming, self.steps - step
-        rising = (step + 1) / warm if warm else 1.0
-        if rising < 1 or warm >= self.steps:
-            return min(rising, 1.0)
+        warm = self.warming
+        if step < warm:
+            return (step + 1) / warm
         if self.schedule == "cosine":
             return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / (self.steps - warm)))
         falling = self.steps - warm if self.schedule == "linear" else min(self.decaying, self.steps - warm)
-        return min(rising, 1.0, left / falling) if falling else 1.0
+        return min(1.0, (self.steps - step) / falling) if falling else 1.0
 
     def data(self) -> dict[str, Any]:
         """As JSON has it: what a resumed run must agree on."""

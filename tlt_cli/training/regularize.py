@@ -8,21 +8,22 @@ the number of directions that carry it: 1 for a single one, k = min(m, n) for al
 
     concentration    l (1 - c)
     participation    l max(log PR - log target, 0)      without a target l log PR, the log form of concentration
-    nuclear          l (s_1 + ... + s_k)^2 / 2k         with a target r of s_r+1, ..., s_k alone, k - r of them
+    nuclear          l (s_1 + ... + s_k)                with a target r of s_r+1, ..., s_k alone
 
 The step is decoupled from the optimizer, as AdamW's weight decay is: A moves against the penalty's own gradient by the
-learning rate, and no second moment rescales it. The gradient of the first two is in proportion to 1 / ||A||, so that a
-step would do the less the larger the weights; it is taken in the unit of the matrix, ||A||^2 / 4 times as long. With
-G = A AT (or AT A, whichever is smaller), S = tr G, Q = tr G^2 and a share w = rate l (participation) or rate l c
+learning rate, and no second moment rescales it. Large and small weights move alike: the gradient, in proportion to
+1 / ||A||, or for nuclear to nothing, is taken in the unit of the matrix, ||A||^2 / 4 or ||A||^2 / sum s times as long.
+With G = A AT (or AT A, whichever is smaller), S = tr G, Q = tr G^2 and a share w = rate l (participation) or rate l c
 (concentration), the step is a mixture of A and its cube, at the length of A since the gradient is orthogonal to it:
 
-    A <- (1 - w) A + w (S / Q) G A,   ||A|| as before:   s_i grows at the rate w (p_i / c - 1).
+    A <- (1 - w) A + w (S / Q) G A,   ||A|| as before:    s_i grows at the rate w (p_i / c - 1);
+    nuclear:                                              s_i <- max(s_i - rate l (sum s^2 / sum s), 0).
 
 So l has the unit of weight decay in all forms. Under participation the smallest singular values shrink at the rate l,
 whatever the size of the matrix. Under concentration they shrink at l c: hardly where the rank is high, faster and
-faster as it falls. nuclear is s_i <- max(s_i - rate l mean(s), 0): the trace norm shrinks at the rate l, each singular
-value by the same amount, down to zero. c has its maximum at rank one, so without a target nothing stops the first two
-short of it. With one, w is cut to where PR meets it: no step goes below.
+faster as it falls. Under nuclear as much energy goes as weight decay l would take, but the same from each singular
+value: small ones reach zero. c has its maximum at rank one, so without a target nothing stops the first two short of
+it. With one, w is cut to where PR meets it: no step goes below.
 
 Cost: 4 a^2 b operations for a matrix of sides a <= b, 2 a / 3 T of a training step on T tokens; near the target up to
 twice that. nuclear takes all eigenvectors of G instead.

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +21,30 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from tlt_cli.checkpoint.staging import plain_errors, sync_folder
+from tlt_cli.checkpoint.staging import Stage, absolute, locked, plain_errors, sync_folder
 from tlt_cli.errors import TltError
+from tlt_cli.training.state_reader import ADVICE, StateReader
 from tlt_cli.training.world import World
 
 _EXTRA = "state.json"
-_ADVICE = "delete this folder to go on from the state before it"
 _WHOLE = re.compile(r"step-(\d{8,})")
 _UNSEEN = re.compile(r"\.step-\d{8,}\.(partial|old)")
-_CLASSES = {
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "pathlib": {"PosixPath", "WindowsPath"},
-    "pathlib._local": {"PosixPath", "WindowsPath"},
-}  # fmt: skip
+
+
+@contextmanager
+def reserved(folder: Path, *, world: World) -> Iterator[None]:
+    """No other run writes states to `folder` while this lasts. Raises TltError, on every rank, where one does."""
+    with ExitStack() as held:
+        with world.ranks.together():
+            if world.rank == 0:
+                with plain_errors(folder):
+                    folder.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(Stage(absolute(folder))))
+        yield
 
 
 def save_state(
@@ -58,9 +59,9 @@ def save_state(
 ) -> Path:
     """Write the state after `step` steps to `folder`, of which the last `keep` states stay; returns the new one's path.
 
-    `model` is all that is trained, by name, split over ranks or not; the optimizers' parameters are among it. Every
-    rank must call this, on a disk that all of them see. Raises TltError, on every rank, where one cannot write: the
-    states before are as they were.
+    States of more steps, of a run that was set back, go. `model` is all that is trained, by name, split over ranks or
+    not; the optimizers' parameters are among it. Every rank must call this, on a disk that all of them see. Raises
+    TltError, on every rank, where one cannot write: the states before are as they were.
     """
     assert keep > 0
     final = folder / f"step-{step:08d}"
@@ -86,8 +87,10 @@ def save_state(
                     _remove(final)
                 partial.rename(final)
                 sync_folder(folder)
-                for old in _states(folder)[:-keep]:
-                    _remove(old)
+                states = _states(folder)
+                last = states.index(final)
+                for other in (*states[: max(0, last + 1 - keep)], *states[last + 1 :]):
+                    _remove(other)
     except BaseException:
         if world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -105,7 +108,7 @@ def read_extra(path: Path) -> dict[str, Any]:
     try:
         extra: dict[str, Any] = json.loads((path / _EXTRA).read_text())
     except (OSError, ValueError) as error:
-        raise TltError(f"{path}: is no training state: cannot read {_EXTRA}: {error}; {_ADVICE}") from error
+        raise TltError(f"{path}: is no training state: cannot read {_EXTRA}: {error}; {ADVICE}") from error
     return extra
 
 
@@ -130,9 +133,9 @@ def load_state(
     However many ranks saved it, every rank of now must call this. Raises TltError for a state that does not hold
     exactly these tensors, and for one that is damaged.
     """
-    extra = read_extra(path)
-    reader = _Reader(path)
+    reader = StateReader(path)
     with world.ranks.together():
+        extra = read_extra(path)
         stored = reader.sizes()
         tensors = {f"model.{name}": tensor.detach() for name, tensor in model.items()}
         states = _blank_states(stored, _named(model, optimizers))
@@ -143,7 +146,7 @@ def load_state(
         try:
             _run(state_dict_loader.load, tensors, storage_reader=reader, process_group=world.ranks.group)
         except (RuntimeError, OSError, EOFError, LookupError, ValueError) as error:
-            raise TltError(f"{path}: the state is damaged: {error}; {_ADVICE}") from error
+            raise TltError(f"{path}: the state is damaged: {error}; {ADVICE}") from error
     for parameter, optimizer, state in states.values():
         optimizer.state.pop(parameter, None)
         if state:
@@ -244,32 +247,3 @@ def _run(work: Callable[..., Any], tensors: Mapping[str, Tensor], **options: Any
         except CheckpointException as error:
             failures = [failure for _, (failure, _) in sorted(error.failures.items())]
             raise next(iter(failures), RuntimeError(str(error))) from error
-
-
-class _Reader(FileSystemReader):
-    """Reads a state without running code that a file may hold: its table of contents is a pickle."""
-
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        try:
-            with (Path(self.path) / ".metadata").open("rb") as file:
-                metadata: Metadata = _Unpickler(file).load()
-        except (pickle.UnpicklingError, OSError, EOFError, AttributeError, ValueError, TypeError) as error:
-            raise TltError(f"{self.path}: the state is damaged: .metadata: {error}; {_ADVICE}") from error
-        return metadata
-
-    def sizes(self) -> dict[str, TensorStorageMetadata]:
-        """The shape and dtype of every tensor by key."""
-        held: dict[str, Any] = self.read_metadata().state_dict_metadata
-        for key, value in held.items():
-            if not isinstance(value, TensorStorageMetadata):
-                raise TltError(f"{self.path}: {key} is not a tensor: this state was not made by tlt")
-        return held
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _CLASSES.get(module, ()):
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in it")

@@ -8,7 +8,7 @@ gradient of the mean over all targets, however unevenly the ranks share them.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -95,10 +95,11 @@ def portion(count: int, world: World) -> range:
 def shard(decoder: Decoder, world: World, *, compute: torch.dtype | None = None) -> dict[str, nn.Parameter]:
     """Split every parameter over the ranks (FSDP2), layer by layer; returns all parameters by name.
 
-    To be done before an optimizer is made, and the names taken from here: while a pass is under way, and after one
-    without a backward, modules hold gathered weights for a while. All ranks begin with the weights of rank 0. With
-    `compute` (bfloat16) weights are gathered and used in that dtype, while gradients are summed, and weights kept, in
-    their own. Alone, nothing is split. Raises TltError where this torch cannot shard on CPU.
+    To be done before an optimizer is made, and the names taken from here: after a pass without a backward the modules
+    hold gathered weights, which the next pass uses as they are. So weights may change only behind a backward, or before
+    the first pass. All ranks begin with the weights of rank 0. With `compute` (bfloat16) weights are gathered and used
+    in that dtype, while gradients are summed, and weights kept, in their own. Alone, nothing is split. Raises TltError
+    where this torch cannot shard on CPU.
     """
     if world.size > 1:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -123,19 +124,6 @@ def replicate(parameters: Iterable[Tensor], world: World) -> None:
                 distributed.broadcast(parameter, 0)
 
 
-def gathered(parameters: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """Whole tensors in CPU memory on rank 0, nothing on the others; every rank must call this.
-
-    One tensor at a time is whole elsewhere.
-    """
-    result = {}
-    for name, parameter in parameters.items():
-        tensor = whole(parameter.detach())
-        if world.rank == 0:
-            result[name] = tensor.cpu()
-    return result
-
-
 # --- a step ----------------------------------------------------------------------------------------------------
 
 
@@ -157,11 +145,12 @@ def loss_share(loss: Tensor, targets: float, world: World) -> Tensor:
 
 def synchronize(decoder: nn.Module, last: bool) -> None:
     """Before each backward of a step: whether it is the last, after which a sharded model sums gradients over ranks."""
-    from torch.distributed.fsdp import FSDPModule
+    if distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
 
-    if isinstance(decoder, FSDPModule):
-        decoder.set_requires_gradient_sync(last)
-        decoder.set_is_last_backward(last)
+        if isinstance(decoder, FSDPModule):
+            decoder.set_requires_gradient_sync(last)
+            decoder.set_is_last_backward(last)
 
 
 def average(parameters: Iterable[nn.Parameter], world: World) -> None:
@@ -193,6 +182,6 @@ def clip(parameters: Iterable[Tensor], most: float) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor that is split over ranks, put together on each; any other as it is."""
+    """A tensor that is split over ranks, put together on each, where every rank calls this; any other as it is."""
     together: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return together

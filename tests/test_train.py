@@ -1,0 +1,595 @@
+"""`tlt train` as a user runs it: what it writes, what it says, what it refuses, and what a kill leaves of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from family_zoo import make_checkpoint
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from tlt_cli.checkpoint.reader import open_checkpoint
+from tlt_cli.cli import app, training
+from tlt_cli.cli.console import run
+from tlt_cli.model.perplexity import windows
+
+WORDS = "one two three four five six seven eight nine ten".split()
+SHAPE = ("--context", "32", "--batch-size", "4")
+
+
+def words(count: int, seed: int) -> str:
+    """A text in which every word is followed by the next one, but for one in ten: there is something to learn."""
+    drawn, place, found = random.Random(seed), 0, []
+    for _ in range(count):
+        place = drawn.randrange(10) if drawn.random() < 0.1 else (place + 1) % 10
+        found.append(WORDS[place])
+    return " ".join(found)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model of bytes, another one, and text to train and to evaluate on."""
+    folder = tmp_path_factory.mktemp("models")
+    make_checkpoint(folder / "model", "llama", vocab_size=256, num_hidden_layers=2)
+    make_checkpoint(folder / "other", "llama", seed=1, vocab_size=256, num_hidden_layers=2)
+    (folder / "text.txt").write_text(words(2000, 0))
+    (folder / "held.txt").write_text(words(200, 1))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A terminal that is none, a folder of its own, and a device that nobody measures."""
+    monkeypatch.setenv("_TYPER_FORCE_DISABLE_TERMINAL", "1")
+    monkeypatch.delenv("TLT_DEBUG", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "peak_flops", lambda device: (1e12, "not measured"))
+
+
+def tlt(*arguments: str | Path) -> Any:
+    """Run a command in this process; stdout, stderr and the exit code apart. An unforeseen exception is raised."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="tlt")
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def train(*arguments: str | Path) -> dict[str, Any]:
+    """A run of `tlt train` that succeeds: its report."""
+    result = tlt("train", *arguments, "--json", "-q")
+    assert result.exit_code == 0 and result.stderr == "", result.stderr
+    report: dict[str, Any] = json.loads(result.stdout)
+    return report
+
+
+def refused(code: int, told: str, *arguments: str | Path) -> None:
+    """A run that fails: one line that tells why, and the folder as it was."""
+    before = content(Path())
+    result = tlt("train", *arguments)
+    errors = [line for line in result.stderr.splitlines() if "error" in line]
+    assert len(errors) == 1 and errors[0].startswith("tlt: error: ") and told in errors[0], result.stderr
+    assert result.exit_code == code and result.stdout == "", result.stderr
+    assert content(Path()) == before
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """All files in a folder and below, or the one file, byte for byte."""
+    if path.is_file():
+        return {"": path.read_bytes()}
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def log(output: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(f"{output}.log.jsonl").read_text().splitlines()]
+
+
+def losses(output: str) -> list[float]:
+    """The held-out losses in a run's log."""
+    return [entry["evaluation"]["loss"] for entry in log(output) if "evaluation" in entry]
+
+
+def told_of_every_step(output: str, steps: int, every: int) -> None:
+    """The log has each step once, in order, and the evaluations that belong between them."""
+    entries = log(output)
+    assert [entry["step"] for entry in entries if "loss" in entry] == list(range(steps))
+    evaluated = sorted({*range(0, steps + 1, every), steps})
+    assert [entry["step"] for entry in entries if "evaluation" in entry] == evaluated
+
+
+@torch.no_grad()
+def stock_loss(model: Any, text: Path, context: int) -> float:
+    """What a stock model's loss on the bytes of a text is, nats per token."""
+    rows = windows(torch.tensor(list(text.read_bytes())), context)
+    logits = model.eval()(rows).logits[:, :-1]
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
+
+
+def stock(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def evaluated(source: str | Path, text: Path, *more: str) -> float:
+    result = tlt("eval", source, "--data", text, "--context", "32", "--json", "-q", *more)
+    assert result.exit_code == 0, result.stderr
+    return float(json.loads(result.stdout)["nll"])
+
+
+# --- what comes out --------------------------------------------------------------------------------------------
+
+
+def test_all_weights(here: Path) -> None:
+    """It learns what the text has, and three judges agree on how much: the report, `tlt eval` and stock transformers."""
+    report = train(
+        here / "model", "--data", here / "text.txt", "--eval-data", here / "held.txt", "--steps", "30", *SHAPE,
+        "--lr", "1e-2", "-o", "out",
+    )  # fmt: skip
+    first, *_, last = losses("out")
+    assert last == report["evaluation"]["loss"] < first - 1
+    assert first == pytest.approx(evaluated(here / "model", here / "held.txt"), abs=1e-6)
+    assert last == pytest.approx(evaluated("out", here / "held.txt"), abs=1e-6)
+    assert last == pytest.approx(stock_loss(stock(Path("out")), here / "held.txt", 32), abs=1e-4)
+    assert report["path"] == "out" and report["tokens"] == 30 * 4 * 32
+    assert report["trained"]["parameters"] == report["parameters"]
+    lineage = open_checkpoint("out").lineage
+    assert lineage is not None and lineage["operation"] == "train"
+    assert lineage["parents"] == [{"source": "model", "sha256": open_checkpoint(here / "model").digest()}]
+    assert lineage["command"].startswith("tlt train model --data text.txt") and str(here) not in lineage["command"]
+
+
+def test_a_model_from_nothing(here: Path) -> None:
+    report = train(
+        "--init", "gpt2:dim=32,layers=1,heads=2", "--data", here / "text.txt", "--tokens", 2560, *SHAPE, "--lr", "1e-2",
+        "-o", "out",
+    )  # fmt: skip
+    assert report["recipe"]["steps"] == 20 and losses("out")[-1] < losses("out")[0] - 1
+    made = stock(Path("out"))
+    assert type(made).__name__ == "GPT2LMHeadModel" and made.config.n_positions == 32
+    assert stock_loss(made, here / "held.txt", 32) == pytest.approx(evaluated("out", here / "held.txt"), abs=1e-4)
+
+
+def test_the_same_command_writes_the_same_bytes(here: Path) -> None:
+    for output, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        train("--init", "llama:dim=32,layers=1", "--data", here / "text.txt", "--steps", "4", *SHAPE, "--seed", seed,
+              "-o", output)  # fmt: skip
+        train(here / "model", "--data", here / "text.txt", "--steps", "4", *SHAPE, "--seed", seed, "--lora", "2",
+              "-o", f"{output}-lora")  # fmt: skip
+    for kind in ("", "-lora"):
+        one, again, other = (content(Path(f"{name}{kind}")) for name in "abc")
+        assert one == again and one != other
+        assert {Path(name).suffix for name in one if one[name] != other[name]} >= {".safetensors"}
+
+
+def test_nothing_but_what_was_asked_for_moves(here: Path) -> None:
+    """--only: bit for bit. The others are there, in the same file."""
+    train(here / "model", "--data", here / "text.txt", "--steps", "3", *SHAPE, "--only", "*.1.mlp.*", "--only", "*.norm.*",
+          "-o", "out.st")  # fmt: skip
+    before, after = load_file(here / "model" / "model.safetensors"), load_file("out.st")
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if ".1.mlp." in name or name == "model.norm.weight"}
+
+
+@pytest.mark.parametrize("more", [(), ("--rslora", "--alpha", "4", "--target", "q_proj", "--target", "down_proj")])
+def test_a_lora_is_one_of_peft(here: Path, more: tuple[str, ...]) -> None:
+    """Stock PEFT loads it and has the loss of `tlt eval`, which is better than the base's; the base is as it was."""
+    before = content(here / "model")
+    report = train(
+        here / "model", "--data", here / "text.txt", "--steps", "20", *SHAPE, "--lora", "4", *more, "-o", "out"
+    )
+    adapted = PeftModel.from_pretrained(stock(here / "model"), "out")
+    found = stock_loss(adapted, here / "held.txt", 32)
+    assert found == pytest.approx(evaluated("out", here / "held.txt", "--base", str(here / "model")), abs=1e-4)
+    assert found < evaluated(here / "model", here / "held.txt") - 0.1
+    own = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
+    assert report["trained"]["parameters"] == own < report["parameters"]
+    assert content(here / "model") == before
+
+
+def test_distillation_heals(here: Path) -> None:
+    """A pupil comes closer to its teacher than the text alone brings it, on a text that neither knows."""
+    noise = np.random.default_rng(0).integers(256, size=4000).astype("<u2")
+    noise.tofile("noise.bin")
+    data = ("--data", "noise.bin", "--steps", "20", *SHAPE, "--lr", "1e-2")
+    train(here / "other", *data, "--distill", here / "model", "-o", "taught")
+    train(here / "other", *data, "-o", "alone")
+    rows = torch.from_numpy(noise[-320:].astype("int64")).view(10, 32)
+    with torch.no_grad():
+        teacher, taught, alone = (stock(path)(rows).logits.log_softmax(-1) for path in
+                                  (here / "model", Path("taught"), Path("alone")))  # fmt: skip
+    far, near = (float((teacher.exp() * (teacher - pupil)).sum(-1).mean()) for pupil in (alone, taught))
+    assert near < far
+
+
+def test_a_regularizer_lowers_the_rank(here: Path) -> None:
+    data = (here / "model", "--data", here / "text.txt", "--steps", "8", *SHAPE, "--lr", "1e-2")
+    train(*data, "-o", "plain")
+    report = train(*data, "--regularizer", "participation", "--strength", "10", "-o", "low")
+
+    def ratio(folder: str) -> float:
+        """The mean participation ratio of the matrices in the blocks."""
+        found = []
+        for name, tensor in load_file(f"{folder}/model.safetensors").items():
+            if ".layers." in name and tensor.dim() == 2:
+                energy = torch.linalg.svdvals(tensor).square()
+                found.append(float(energy.sum() ** 2 / energy.square().sum()))
+        return sum(found) / len(found)
+
+    assert ratio("low") < 0.8 * ratio("plain")
+    assert report["evaluation"]["participation"] == pytest.approx(ratio("low"), rel=1e-4)
+    assert all({"penalty", "participation", "regularizer_share"} <= e.keys() for e in log("low") if "loss" in e)
+
+
+def test_dtypes_are_the_sources_or_what_was_asked_for(here: Path, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "half", "llama", vocab_size=256, num_hidden_layers=1, dtype=torch.bfloat16)
+    data = ("--data", here / "text.txt", "--steps", "2", *SHAPE)
+    train("half", *data, "-o", "same.st")
+    train("half", *data, "--dtype", "float32", "-o", "wide")
+    assert {info.dtype for info in open_checkpoint("same.st").tensors.values()} == {"BF16"}
+    wide = open_checkpoint("wide")
+    assert {info.dtype for info in wide.tensors.values()} == {"F32"} and stock(Path("wide")).dtype == torch.float32
+    for name, tensor in load_file("same.st").items():
+        assert torch.equal(wide.read(name).bfloat16(), tensor)
+
+
+def test_several_streams(here: Path) -> None:
+    """Each is evaluated by name; --mix decides how often each is read."""
+    Path("noise.txt").write_bytes(bytes(np.random.default_rng(0).integers(32, 127, size=12_000, dtype=np.uint8)))
+    data = (here / "model", "--data", here / "text.txt", "--data", "noise.txt", "--steps", "30", *SHAPE, "--lr", "1e-2")
+    found = [train(*data, "--mix", mix, "-o", f"mix-{mix}")["evaluation"] for mix in ("30,1", "1,30")]
+    assert found[0].keys() == {"loss", "loss_text", "loss_noise"}
+    assert found[0]["loss_text"] < found[1]["loss_text"] - 0.2 and found[0]["loss_noise"] > found[1]["loss_noise"] + 0.2
+
+
+def test_what_it_says(here: Path) -> None:
+    """One path on stdout, the rest on stderr; with --json one object; a line of log for every step and evaluation."""
+    arguments = ("train", here / "model", "--data", here / "text.txt", "--steps", "6", *SHAPE, "--eval-every", "4")
+    plain = tlt(*arguments, "-o", "one")
+    assert plain.exit_code == 0 and plain.stdout == "one\n" and "step 4 of 6: loss" in plain.stderr
+    quiet = tlt(*arguments, "-o", "two", "-q")
+    assert (quiet.stdout, quiet.stderr) == ("two\n", "")
+    told = tlt(*arguments, "-o", "three", "--json")
+    assert told.stdout.count("\n") == 1 and json.loads(told.stdout)["path"] == "three"
+    told_of_every_step("one", 6, 4)
+    for entry in log("one"):
+        if "loss" in entry:
+            assert {"norm", "rate", "tokens_per_second", "mfu", "memory"} <= entry.keys() and entry["mfu"] > 0
+
+
+def test_a_dry_run_writes_nothing(here: Path) -> None:
+    report = train(here / "model", "--data", here / "text.txt", "--epochs", "2", *SHAPE, "--dry-run")
+    tokens = sum(stream["tokens"] for stream in report["data"]["streams"])
+    assert report["dry_run"] is True and report["path"] == "model-trained" and "evaluation" not in report
+    assert report["recipe"]["steps"] == pytest.approx(2 * 0.95 * tokens / 128, abs=1)
+    assert content(Path()) == {}
+    assert train(here / "model", "--lora", "2", "--steps", "1", "--dry-run")["path"] == "model-lora"
+    assert train("--init", "llama:dim=32", "--steps", "1", "--dry-run")["path"] == "llama-trained"
+
+
+# --- what is refused -------------------------------------------------------------------------------------------
+
+USAGE: dict[str, tuple[str, ...]] = {
+    "name a checkpoint to train, or --init": ("--steps", "1"),
+    "one of them": ("{model}", "--init", "llama:dim=32", "--steps", "1"),
+    "one of --steps, --epochs and --tokens": ("{model}",),
+    "not with --steps and --epochs": ("{model}", "--steps", "1", "--epochs", "1"),
+    "--batch-size and --batch-tokens": ("{model}", "--steps", "1", "--batch-size", "1", "--batch-tokens", "64"),
+    "--only *.nowhere.*: no tensor's name matches": ("{model}", "--steps", "1", "--only", "*.nowhere.*"),
+    "-o out.safetensors: an adapter is a folder": ("{model}", "--steps", "1", "--lora", "2", "-o", "out.safetensors"),
+    "--lora and --lora-tree": ("{model}", "--steps", "1", "--lora", "2", "--lora-tree", "1"),
+    "see --target": ("{model}", "--steps", "1", "--lora", "2", "--only", "*"),
+    "an adapter of random weights": ("--init", "llama:dim=32", "--steps", "1", "--lora", "2"),
+    "--leaf-devices": ("{model}", "--steps", "1", "--lora-tree", "1", "--leaf-devices", "cpu"),
+    "--mix 1,2: expected a number above 0 for each --data, 1": ("{model}", "--steps", "1", "--mix", "1,2"),
+    "--mix x:": ("{model}", "--steps", "1", "--mix", "x"),
+    "--mix -1:": ("{model}", "--steps", "1", "--mix=-1"),
+    "--lr 0": ("{model}", "--steps", "1", "--lr", "0"),
+    "--lr nan": ("{model}", "--steps", "1", "--lr", "nan"),
+    "--optimizer sgd is not known": ("{model}", "--steps", "1", "--optimizer", "sgd"),
+    "--schedule flat is not known": ("{model}", "--steps", "1", "--schedule", "flat"),
+    "--precision half is not known": ("{model}", "--steps", "1", "--precision", "half"),
+    "--held-out 1": ("{model}", "--steps", "1", "--held-out", "1"),
+    "--distill-share 0": ("{model}", "--steps", "1", "--distill", "{model}", "--distill-share", "0"),
+    "--epochs 0": ("{model}", "--epochs", "0"),
+    "--regularizer shapes": ("{model}", "--steps", "1", "--lora", "2", "--regularizer", "nuclear"),
+    "unknown": ("{model}", "--steps", "1", "--regularizer", "nucular"),
+    "--max-shard-size": ("{model}", "--steps", "1", "--max-shard-size", "lots"),
+    "--init lama": ("--init", "lama:dim=32", "--steps", "1"),
+    "a vocabulary of 100, but the tokenizer has 256": ("--init", "llama:dim=32,vocab=100", "--steps", "1"),
+    "--alpha": ("{model}", "--steps", "1", "--alpha", "8"),
+    "--target": ("{model}", "--steps", "1", "--target", "q_proj"),
+    "--rank": ("{model}", "--steps", "1", "--lora", "2", "--rank", "4"),
+    "--axis": ("--init", "llama:dim=32", "--steps", "1", "--axis", "kv=2"),
+    "--target-rank": ("{model}", "--steps", "1", "--target-rank", "8"),
+    "--eval-tokens": ("{model}", "--steps", "1", "--eval-tokens", "0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("told", USAGE)
+def test_bad_usage(here: Path, told: str) -> None:
+    arguments = [word.replace("{model}", str(here / "model")) for word in USAGE[told]]
+    refused(2, told, *arguments, "--data", here / "text.txt")
+
+
+def test_a_context_that_the_model_does_not_have(here: Path, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "gpt2", "gpt2", vocab_size=256)
+    refused(2, "--context 65 is more than the model's 64 positions", "gpt2", "--data", here / "text.txt", "--steps", "1",
+            "--context", "65")  # fmt: skip
+
+
+BROKEN: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "is empty": ("data.txt", lambda path: path.write_text("")),
+    "no such file": ("data.txt", lambda path: None),
+    "less than one window of 32": ("data.txt", lambda path: path.write_text("a few words and no more of them")),
+    "holds no ids": ("data.bin", lambda path: path.write_bytes(b"")),
+    "id 999 at place 1 is not in the vocabulary of 256": (
+        "data.npy", lambda path: np.save(path, np.array([1, 999] * 100)),
+    ),
+    "data.jsonl": ("data.jsonl", lambda path: path.write_text('{"text": "a"}\n{"text": 3}\n')),
+    "model": ("model", lambda path: path.mkdir()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("told", BROKEN)
+def test_data_that_cannot_be_used(here: Path, told: str) -> None:
+    name, make = BROKEN[told]
+    make(Path(name))
+    refused(1, told, here / "model", "--data", name, "--steps", "1", *SHAPE)
+
+
+def test_weights_that_cannot_be_trained(here: Path, tmp_path: Path) -> None:
+    broken = make_checkpoint(tmp_path / "broken", "llama", vocab_size=256, num_hidden_layers=1)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    data = ("--data", here / "text.txt", "--steps", "1", *SHAPE)
+    refused(1, "model.norm.weight holds NaN", "broken", *data)
+    refused(1, "nowhere", "nowhere", *data)
+    make_checkpoint(tmp_path / "words", "llama", vocab_size=97, num_hidden_layers=1)
+    refused(1, "97", "words", *data)  # no tokenizer, and too few words for bytes
+    refused(1, "97", here / "model", *data, "--distill", "words")
+
+
+def test_what_exists_is_left_alone(here: Path) -> None:
+    data = ("--data", here / "text.txt", "--steps", "1", *SHAPE)
+    Path("mine").mkdir()
+    (Path("mine") / "own.txt").write_text("mine")
+    make_checkpoint(Path("out"), "llama", vocab_size=97)
+    refused(1, "--force", here / "model", *data, "-o", "out")
+    refused(1, "no checkpoint in it", here / "model", *data, "-o", "mine", "--force")
+    refused(1, "input", here / "model", *data, "-o", here / "model", "--force")
+    assert not (here / "model.log.jsonl").exists() and not (here / "model.training").exists()
+    train(here / "model", *data, "-o", "out", "--force")
+    assert open_checkpoint("out").lineage is not None and content(Path("mine")) == {"own.txt": b"mine"}
+
+
+def test_a_loss_that_is_no_number_ends_it(here: Path) -> None:
+    """What was there is there: no output, and a state from before."""
+    result = tlt("train", here / "model", "--data", here / "text.txt", "--steps", "20", *SHAPE, "--lr", "1e30",
+                 "--clip", "0", "--save-every", "1", "-o", "out")  # fmt: skip
+    assert result.exit_code == 1 and "the loss is" in result.stderr and "lower rate" in result.stderr
+    assert not Path("out").exists()
+
+
+def test_out_of_memory_is_one_line(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(training, "next_token", failing)
+    result = tlt("train", here / "model", "--data", here / "text.txt", "--steps", "2", *SHAPE, "-o", "out")
+    errors = [line for line in result.stderr.splitlines() if "error" in line]
+    assert result.exit_code == 1 and len(errors) == 1 and "--micro-batch 2" in errors[0], result.stderr
+    assert not Path("out").exists()
+
+
+# --- what is interrupted ---------------------------------------------------------------------------------------
+
+
+class Interrupted(BaseException):
+    """What ends a run between two steps."""
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Start a run that ends before a step of this number."""
+
+    def begin(step: int, *arguments: str | Path) -> None:
+        def stopping(run: Any, number: int, take: Callable[..., Any] = training.take_step) -> Any:
+            if number == step:
+                raise Interrupted
+            return take(run, number)
+
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(training, "take_step", stopping)
+            tlt("train", *arguments)
+
+    return begin
+
+
+SUBJECTS: dict[str, tuple[str, ...]] = {
+    "everything": ("{model}",),
+    "muon": ("{model}", "--optimizer", "muon", "--schedule", "cosine"),
+    "some": ("{model}", "--only", "*.mlp.*"),
+    "from nothing": ("--init", "gpt2:dim=32,layers=1,heads=2"),
+    "lora": ("{model}", "--lora", "2"),
+    "tree": ("{model}", "--lora-tree", "2", "--rank", "2"),
+    "tree of tokens": ("{model}", "--lora-tree", "2", "--rank", "2", "--route", "token", "--tree-nodes", "leaf"),
+    "regularized": ("{model}", "--regularizer", "concentration", "--regularize-every", "3"),
+    "distilled": ("{model}", "--distill", "{other}", "--distill-share", "0.5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_what_is_resumed_ends_in_the_same_bytes(here: Path, interrupted: Callable[..., None], subject: str) -> None:
+    """From a state in the middle of an epoch, with streams of several documents; twice, and with other cadences."""
+    if subject == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    named = {"{model}": str(here / "model"), "{other}": str(here / "other")}
+    arguments = (
+        *(named.get(word, word) for word in SUBJECTS[subject]), "--data", here / "text.txt", "--data", here / "held.txt",
+        "--separator", "ten ", "--steps", "12", *SHAPE, "--eval-every", "4", "--save-every", "3",
+    )  # fmt: skip
+    train(*arguments, "-o", "whole")
+    interrupted(5, *arguments, "-o", "cut")
+    assert (
+        sorted(path.name for path in Path("cut.training").iterdir()) == ["step-00000003"] and not Path("cut").exists()
+    )
+    interrupted(10, *arguments, "-o", "cut", "--resume", "--micro-batch", "4")
+    report = train(*arguments, "-o", "cut", "--resume")
+    assert report["resumed_at"] == 9
+    assert content(Path("cut")) == content(Path("whole"))
+    told_of_every_step("cut", 12, 4)
+    assert [e["loss"] for e in log("cut") if "loss" in e] == [e["loss"] for e in log("whole") if "loss" in e]
+    assert losses("cut") == losses("whole")
+    assert sorted(path.name for path in Path().iterdir()) == ["cut", "cut.log.jsonl", "whole", "whole.log.jsonl"]
+
+
+def test_without_the_optimizers_state_it_would_be_seen(
+    here: Path, interrupted: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control of the law above: weights alone are not a state."""
+    arguments = (here / "model", "--data", here / "text.txt", *SHAPE, "--steps", "6", "--save-every", "2")
+    train(*arguments, "-o", "whole")
+    interrupted(3, *arguments, "-o", "cut")
+
+    def forgetful(path: Path, model: Any, optimizers: Any, load: Any = training.load_state, **more: Any) -> Any:
+        found = load(path, model, optimizers, **more)
+        for optimizer in optimizers:
+            optimizer.state.clear()
+        return found
+
+    monkeypatch.setattr(training, "load_state", forgetful)
+    assert train(*arguments, "-o", "cut", "--resume")["resumed_at"] == 2
+    assert content(Path("cut"))["model.safetensors"] != content(Path("whole"))["model.safetensors"]
+
+
+def test_another_recipe_does_not_go_on(here: Path, interrupted: Callable[..., None]) -> None:
+    arguments = (here / "model", "--data", here / "text.txt", *SHAPE, "--save-every", "2", "-o", "out", "--resume")
+    interrupted(3, *arguments, "--steps", "8")
+    refused(1, "steps 8", *arguments, "--steps", "9")
+    refused(1, "learning_rate 0.001", *[*arguments, "--steps", "8", "--lr", "2e-3"])
+    refused(
+        1, "data", *[here / "held.txt" if word == here / "text.txt" else word for word in arguments], "--steps", "8"
+    )
+    refused(1, "model", here / "other", *arguments[1:], "--steps", "8")
+    refused(1, "steps 8", *arguments, "--steps", "8", "--lora", "2")
+    refused(2, "unfinished run", *arguments[:-1], "--steps", "8")  # neither --resume nor --force
+    report = train(*arguments, "--steps", "8", "--eval-every", "1", "--save-every", "3")
+    assert report["resumed_at"] == 2  # how often it is looked at is no part of the recipe
+
+
+def test_force_begins_anew(here: Path, interrupted: Callable[..., None]) -> None:
+    """But not before the rest of the command is known to be sound: then the states are still there."""
+    arguments = (here / "model", "--data", here / "text.txt", "--steps", "4", *SHAPE, "--save-every", "1", "-o", "out")
+    interrupted(3, *arguments)
+    refused(1, "no such file", *arguments, "--force", "--data", "nowhere.txt")
+    refused(2, "--lr", *arguments, "--force", "--lr", "0")
+    assert train(*arguments, "--force", "--seed", "1")["resumed_at"] == 0
+    assert not Path("out.training").exists()
+    again = train(*arguments, "--force", "--seed", "1", "--resume")
+    assert again["resumed_at"] == 0 and Path("out").exists()  # nothing to go on from: all of it again
+
+
+def test_a_finished_run_is_left_as_it_is(here: Path) -> None:
+    arguments = (here / "model", "--data", here / "text.txt", "--steps", "2", *SHAPE, "-o", "out", "--resume")
+    train(*arguments)
+    before = content(Path())
+    again = tlt("train", *arguments)
+    assert again.exit_code == 0 and again.stdout == "out\n" and "nothing is left to do" in again.stderr
+    assert content(Path()) == before
+    longer = ["3" if word == "2" else word for word in arguments]
+    refused(1, "exists already", *longer)  # what another command made is not this one's result
+
+
+def test_a_damaged_state_is_named(here: Path, interrupted: Callable[..., None]) -> None:
+    arguments = (here / "model", "--data", here / "text.txt", "--steps", "4", *SHAPE, "--save-every", "1", "-o", "out")
+    interrupted(3, *arguments)
+    held = max(Path("out.training/step-00000003").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    held.write_bytes(held.read_bytes()[:-2000])
+    refused(1, "step-00000003", *arguments, "--resume")
+
+
+# --- what is killed --------------------------------------------------------------------------------------------
+
+KILLS = 20
+Attempt = tuple[Sequence[str], int | None]
+
+
+def killed(plan: Sequence[Attempt], folder: Path, text: Path) -> list[int | None]:
+    """Carry out a plan of attempts in a folder, see killed.py; what became of each."""
+    (folder / "plan.json").write_text(json.dumps([[*attempt] for attempt in plan]))
+    (folder / "text.txt").write_text(text.read_text())
+    script = Path(__file__).with_name("killed.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder)], capture_output=True, env=environment, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("plan.json", "text.txt", "errors.txt"):
+        (folder / name).unlink()
+    found: list[int | None] = json.loads(done.stdout)
+    return found
+
+
+def left(folder: Path, outputs: Sequence[str]) -> Mapping[str, Any]:
+    """What stands beside the outputs and their logs."""
+    known = {name for output in outputs for name in (output, f"{output}.log.jsonl")}
+    return {path.name: content(path) for path in folder.iterdir() if path.name not in known}
+
+
+def test_killed_at_random_it_ends_in_the_same_bytes(here: Path, tmp_path: Path) -> None:
+    """Twenty times in one run, and in the last moments of others: when the output is written, and states removed."""
+    command = ("train", "--init", "llama:dim=16,layers=1,heads=2", "--data", "text.txt", "--context", "16", "-q",
+               "--batch-size", "3")  # fmt: skip
+    long, short = (*command, "--steps", "60", "--save-every", "2"), (*command, "--steps", "2", "--save-every", "1")
+    drawn = random.Random(0)
+    at_random: list[Attempt] = [
+        ((*long, "-o", "whole"), None),
+        *(((*long, "-o", "cut", "--resume"), drawn.randint(1, 40)) for _ in range(KILLS)),
+        ((*long, "-o", "cut", "--resume"), None),
+    ]
+    moments = range(-1, -45, -3)
+    at_the_end: list[Attempt] = [((*short, "-o", "short"), None)]
+    for moment in moments:
+        again = (*short, "-o", f"end{moment}", "--resume")
+        at_the_end += [(again, moment), (again, None)]
+    found = killed([*at_random, *at_the_end], tmp_path, here / "text.txt")
+    assert found[1 : KILLS + 1] == [None] * KILLS and found[KILLS + 3 :: 2] == [None] * len(moments)
+    assert all(count is not None for count in (found[0], found[KILLS + 1], found[KILLS + 2], *found[KILLS + 4 :: 2]))
+
+    assert content(Path("cut")) == content(Path("whole")) and content(Path("whole"))
+    told_of_every_step("cut", 60, 6)
+    assert [e["loss"] for e in log("cut") if "loss" in e] == [e["loss"] for e in log("whole") if "loss" in e]
+    for moment in moments:
+        assert content(Path(f"end{moment}")) == content(Path("short")) and content(Path("short")), moment
+        told_of_every_step(f"end{moment}", 2, 1)
+    assert left(tmp_path, ["whole", "cut", "short", *(f"end{moment}" for moment in moments)]) == {}
+
+
+def test_interrupted_by_hand(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C: the exit code of an interrupt, and --resume goes on."""
+
+    def stopping(run: Any, number: int, take: Callable[..., Any] = training.take_step) -> Any:
+        if number == 3:
+            raise KeyboardInterrupt
+        return take(run, number)
+
+    arguments = ["train", str(here / "model"), "--data", str(here / "text.txt"), "--steps", "6", *SHAPE, "-o", "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "take_step", stopping)
+        with pytest.raises(SystemExit) as caught:
+            patch.setattr(sys, "argv", ["tlt", *arguments])
+            sys.exit(run(lambda: app(prog_name="tlt", standalone_mode=False)))
+        assert caught.value.code == 130
+    assert train(*arguments[1:], "--resume")["resumed_at"] == 3
