@@ -1,8 +1,8 @@
 """Trains as `tlt` does, and is killed on the way, again and again: `killed.py FOLDER` carries out FOLDER/plan.json.
 
-A child is forked for each attempt, so that torch is imported once. It is ended by SIGKILL just before the n-th time that
-it opens a file to write, renames, makes or removes anything, or begins or ends a step; a negative n counts from the end
-of the last attempt that had nothing to resume. What became of every attempt is printed as JSON: the number of such
+A child is forked for each attempt, so that torch is imported once. SIGKILL ends it just before the n-th time that it
+opens a file to write, renames, makes or removes anything, or begins or ends a step; a negative n counts from the end of
+the last attempt that had nothing to resume. What became of every attempt is printed as JSON: the number of such
 moments, or null where it was killed.
 """
 
@@ -90,8 +90,8 @@ def main() -> None:
     found: list[int | None] = []
     whole = 0
     for arguments, last in plan:
-        last = last + whole + 1 if last is not None and last < 0 else last
-        found.append(attempt(arguments, last, Path("errors.txt")))
+        from_start = last + whole + 1 if last is not None and last < 0 else last
+        found.append(attempt(arguments, from_start, Path("errors.txt")))
         whole = found[-1] or 0 if "--resume" not in arguments else whole
     print(json.dumps(found))
 

@@ -491,6 +491,23 @@ def test_some_trained_weights() -> None:
     assert counted(decoder, context) == found - attention(decoder, context)
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_nothing_goes_back_below_the_first_that_is_trained(tied: bool) -> None:
+    """The count is exact, attention aside, where a whole layer is trained, or the head alone."""
+    decoder, context = some_decoder(config={**TWO_LAYERS, "tie_word_embeddings": tied}), 8
+    for glob in ("model.layers.1.", *(() if tied else ("lm_head",))):
+        for name, parameter in decoder.named_parameters():
+            parameter.requires_grad_(name.startswith(glob))
+        trained = [name for name, parameter in decoder.named_parameters() if parameter.requires_grad]
+        data = decoder.description
+        attended = 2 * data["layers"] + 4 * ("layers" in glob)
+        found = training_flops(decoder, context, context=context, trained=trained)
+        found -= attended * int(data["heads"] * data["head_dim"]) * context * context
+        assert counted(decoder, context) == found
+        everything = training_flops(decoder, context, context=context)
+        assert found < 0.8 * everything
+
+
 # --- new models and saved ones ---------------------------------------------------------------------------------
 
 

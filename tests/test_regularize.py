@@ -142,6 +142,17 @@ def test_no_step_goes_below_the_target(regularizer: Regularizer, rate: float, dt
     assert walked(some_matrix((30, 40), dtype=dtype), uncut, rate=rate, steps=300)[1][-1] < 1.1
 
 
+@pytest.mark.parametrize("share", [0.4, 0.7, 1.0])
+def test_a_step_that_would_go_below_lands_on_the_target(share: float) -> None:
+    """In one step, also where a single direction runs ahead of all others; one that stays above is not cut."""
+    matrix = torch.tensor([6.0, 2.5] + [1.0] * 40, dtype=torch.float64).sqrt().diag()
+    for target in range(2, 11):
+        uncut, _ = stepped(matrix, Regularizer("participation", 1.0), rate=share)
+        moved, _ = stepped(matrix, Regularizer("participation", 1.0, target_rank=target), rate=share)
+        assert ratio(moved) == pytest.approx(max(ratio(uncut), target), rel=1e-9)
+    assert ratio(uncut) < 6 < 10 < ratio(matrix)
+
+
 def test_a_matrix_below_the_target_is_left_alone() -> None:
     low = some_matrix((30, 2)) @ some_matrix((2, 40))
     for form in FORMS:

@@ -18,6 +18,8 @@ import transformers
 from family_zoo import make_checkpoint
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Engine
+from tokenizers import models, pre_tokenizers
 from typer.testing import CliRunner
 
 from tlt_cli.checkpoint.reader import open_checkpoint
@@ -25,7 +27,7 @@ from tlt_cli.cli import app, training
 from tlt_cli.cli.console import run
 from tlt_cli.model.perplexity import windows
 
-WORDS = "one two three four five six seven eight nine ten".split()
+WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 SHAPE = ("--context", "32", "--batch-size", "4")
 
 
@@ -130,7 +132,7 @@ def evaluated(source: str | Path, text: Path, *more: str) -> float:
 
 
 def test_all_weights(here: Path) -> None:
-    """It learns what the text has, and three judges agree on how much: the report, `tlt eval` and stock transformers."""
+    """It learns what the text has; how much, the report, `tlt eval` and stock transformers agree on."""
     report = train(
         here / "model", "--data", here / "text.txt", "--eval-data", here / "held.txt", "--steps", "30", *SHAPE,
         "--lr", "1e-2", "-o", "out",
@@ -159,6 +161,18 @@ def test_a_model_from_nothing(here: Path) -> None:
     assert stock_loss(made, here / "held.txt", 32) == pytest.approx(evaluated("out", here / "held.txt"), abs=1e-4)
 
 
+def test_a_model_from_nothing_takes_its_tokenizer_along(here: Path) -> None:
+    """Its words are the tokenizer's, and the folder made is complete: no later command needs to be told."""
+    engine = Engine(models.WordLevel({word: number for number, word in enumerate(("?", *WORDS))}, unk_token="?"))
+    engine.pre_tokenizer = pre_tokenizers.Whitespace()
+    engine.save("tokenizer.json")
+    train("--init", "llama:dim=32,layers=1", "--tokenizer", "tokenizer.json", "--data", here / "text.txt",
+          "--steps", "9", *SHAPE, "--lr", "1e-2", "-o", "out")  # fmt: skip
+    assert stock(Path("out")).config.vocab_size == 11
+    assert content(Path("out"))["tokenizer.json"] == Path("tokenizer.json").read_bytes()
+    assert evaluated("out", here / "held.txt") == pytest.approx(losses("out")[-1], abs=0.5) and losses("out")[0] < 2.5
+
+
 def test_the_same_command_writes_the_same_bytes(here: Path) -> None:
     for output, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         train("--init", "llama:dim=32,layers=1", "--data", here / "text.txt", "--steps", "4", *SHAPE, "--seed", seed,
@@ -173,8 +187,8 @@ def test_the_same_command_writes_the_same_bytes(here: Path) -> None:
 
 def test_nothing_but_what_was_asked_for_moves(here: Path) -> None:
     """--only: bit for bit. The others are there, in the same file."""
-    train(here / "model", "--data", here / "text.txt", "--steps", "3", *SHAPE, "--only", "*.1.mlp.*", "--only", "*.norm.*",
-          "-o", "out.st")  # fmt: skip
+    train(here / "model", "--data", here / "text.txt", "--steps", "3", *SHAPE, "--only", "*.1.mlp.*",
+          "--only", "*.norm.*", "-o", "out.st")  # fmt: skip
     before, after = load_file(here / "model" / "model.safetensors"), load_file("out.st")
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -324,8 +338,8 @@ def test_bad_usage(here: Path, told: str) -> None:
 
 def test_a_context_that_the_model_does_not_have(here: Path, tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "gpt2", "gpt2", vocab_size=256)
-    refused(2, "--context 65 is more than the model's 64 positions", "gpt2", "--data", here / "text.txt", "--steps", "1",
-            "--context", "65")  # fmt: skip
+    refused(2, "--context 65 is more than the model's 64 positions", "gpt2", "--data", here / "text.txt",
+            "--steps", "1", "--context", "65")  # fmt: skip
 
 
 BROKEN: dict[str, tuple[str, Callable[[Path], object]]] = {
@@ -380,6 +394,13 @@ def test_a_loss_that_is_no_number_ends_it(here: Path) -> None:
                  "--clip", "0", "--save-every", "1", "-o", "out")  # fmt: skip
     assert result.exit_code == 1 and "the loss is" in result.stderr and "lower rate" in result.stderr
     assert not Path("out").exists()
+
+
+def test_curves_need_their_package(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it: one line, before anything is written."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    refused(1, "--tensorboard needs the package tensorboard", here / "model", "--data", here / "text.txt",
+            "--steps", "1", *SHAPE, "--tensorboard", "curves")  # fmt: skip
 
 
 def test_out_of_memory_is_one_line(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,8 +458,9 @@ def test_what_is_resumed_ends_in_the_same_bytes(here: Path, interrupted: Callabl
         pytest.skip("this torch has no Muon")
     named = {"{model}": str(here / "model"), "{other}": str(here / "other")}
     arguments = (
-        *(named.get(word, word) for word in SUBJECTS[subject]), "--data", here / "text.txt", "--data", here / "held.txt",
-        "--separator", "ten ", "--steps", "12", *SHAPE, "--eval-every", "4", "--save-every", "3",
+        *(named.get(word, word) for word in SUBJECTS[subject]), "--data", here / "text.txt",
+        "--data", here / "held.txt", "--separator", "ten ", "--steps", "12", *SHAPE,
+        "--eval-every", "4", "--save-every", "3",
     )  # fmt: skip
     train(*arguments, "-o", "whole")
     interrupted(5, *arguments, "-o", "cut")

@@ -86,7 +86,7 @@ MicroBatch = Annotated[
 Context = Annotated[int | None, _option(_LENGTH, "--context", "Tokens per window.", min=1)]
 
 Rate = Annotated[
-    float | None, _option(_HOW, "--lr", "Highest learning rate. Default: 1e-3; 3e-3 for LoRA and its trees.", "X")
+    float | None, _option(_HOW, "--lr", "Highest learning rate. Default: 1e-3; 1e-2 for LoRA and its trees.", "X")
 ]
 Optimizer = Annotated[str, _option(_HOW, "--optimizer", "adamw or muon.", "NAME")]
 Schedule = Annotated[str, _option(_HOW, "--schedule", "wsd (warm up, hold, decay), cosine or linear.", "NAME")]
@@ -136,7 +136,7 @@ Regularizer = Annotated[
 ]  # fmt: skip
 Strength = Annotated[float, _option(_RANK, "--strength", "How strongly.", "S")]
 TargetRank = Annotated[
-    int | None, _option(_RANK, "--target-rank", "The rank that it stops at. Default: nothing stops it.", "R", min=1)
+    int | None, _option(_RANK, "--target-rank", "Where it stops; nuclear: how many singular values it spares.", "R", min=1)
 ]
 RegularizeEvery = Annotated[int, _option(_RANK, "--regularize-every", "Every so many steps, so much stronger.", min=1)]
 RegularizeOnly = Annotated[

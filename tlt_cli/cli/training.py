@@ -32,7 +32,7 @@ from tlt_cli.model.tree_start import aim
 from tlt_cli.training.ahead import Ahead
 from tlt_cli.training.flops import peak_flops, training_flops
 from tlt_cli.training.loop import Run, take_step
-from tlt_cli.training.objective import distillation, next_token
+from tlt_cli.training.objective import LOGIT_BYTES, distillation, next_token
 from tlt_cli.training.optimizers import optimizers
 from tlt_cli.training.recipe import Recipe
 from tlt_cli.training.regularize import Regularizer, regularize, spectra, targets
@@ -40,7 +40,7 @@ from tlt_cli.training.state import check_same, latest, load_state, read_extra, r
 from tlt_cli.training.windows import Windows
 from tlt_cli.training.world import World, replicate, shard, start_world
 
-_AIMED_AT = 32  # windows that the routers of a tree start from
+_AIMED_AT = 64  # windows that the routers of a tree start from
 
 
 def train_model(request: Request, *, out: Output) -> Outcome:
@@ -142,9 +142,11 @@ class _Training:
                 _forget(self.states)
         first = self._resumed(run)
         if first == 0 and isinstance(self.subject.adapter, Tree):
-            some = self.texts.windows.batch(0, min(_AIMED_AT, self.recipe.batch * 4)).to(decoder.device)
+            some = self.texts.windows.batch(0, _AIMED_AT).to(decoder.device)
             documents = None if some.documents is None else some.documents[:, :-1]
             aim(self.subject.adapter, decoder, some.rows[:, :-1], documents)
+        if run.adapter is not None and first:  # where nothing but writing is left, no step does it
+            run.adapter.advance(first - 1, self.recipe.steps)
         evaluation, seconds = self._steps(run, first, counted)
         report.update(evaluation=evaluation, seconds=seconds, resumed_at=first)
         details: dict[str, Any] = {key: report[key] for key in ("recipe", "data", "trained", "evaluation")}
@@ -284,7 +286,8 @@ class _Training:
         except TltError as error:
             if step == 0:
                 raise
-            raise TltError(f"after step {step}: {error}; train at a lower rate than {self.recipe.learning_rate:g}") from error
+            rate = f"{self.recipe.learning_rate:g}"
+            raise TltError(f"after {step} steps: {error}; train at a lower rate than {rate}") from error
         if self.request.regularizer is not None:
             numbers.update(spectra(targets(self.subject.decoder, only=self.request.regularize_only)))
         if numbers:
@@ -322,7 +325,8 @@ def evaluate(decoder: Decoder, adapter: Any, texts: Texts) -> dict[str, Any]:
 
 
 def _losses(decoder: Decoder, texts: Texts) -> dict[str, float]:
-    found = [perplexity(decoder, rows.flatten(), rows.shape[1]) for _, rows in texts.held]
+    most = LOGIT_BYTES // (4 * int(decoder.description["vocab"]) * texts.context)  # windows whose logits are bearable
+    found = [perplexity(decoder, rows.flatten(), rows.shape[1], max(1, min(8, most))) for _, rows in texts.held]
     tokens = sum(each["tokens"] for each in found)
     numbers = {"loss": sum(each["nll"] * each["tokens"] for each in found) / tokens}
     if len(found) > 1:

@@ -98,17 +98,18 @@ def journal(
 ) -> Iterator[Journal]:
     """The journal of a run that starts at step `first`. Raises TltError where the log cannot be written."""
     path = log_path(output)
+    curves = _boards(boards) if boards is not None and leads else None
     if leads:
+        begun = path.with_name(f".{path.name}.partial")  # a kill while the log is cut loses none of it
         try:
             kept = [] if not first or not path.exists() else _before(path, first, steps)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(kept), encoding="utf-8")
+            begun.write_text("".join(kept), encoding="utf-8")
+            begun.replace(path)
         except OSError as error:
             raise TltError(f"cannot write the log {path}: {error.strerror}") from error
     with out.meter("train") as meter:
-        yield Journal(
-            path, steps, cost, peak, out, meter, leads, None if boards is None or not leads else _boards(boards)
-        )
+        yield Journal(path, steps, cost, peak, out, meter, leads, curves)
 
 
 def _before(path: Path, first: int, steps: int) -> list[str]:

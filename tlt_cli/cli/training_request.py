@@ -12,7 +12,7 @@ from typing import Any
 from tlt_cli.errors import UsageError
 from tlt_cli.training.recipe import Recipe
 
-_ADAPTER_RATE, _RATE = 3e-3, 1e-3  # adapters bear about ten times a full fine-tuning's rate
+_ADAPTER_RATE, _RATE = 1e-2, 1e-3  # adapters bear about ten times a full fine-tuning's rate
 _EVALUATIONS = 10
 PRECISIONS = ("auto", "float32")
 # what changes neither weights nor what is learned from them, so is no part of the recorded command

@@ -166,7 +166,8 @@ def read_texts(request: Request, subject: Subject, *, out: Output) -> Texts:
         request.batch_size or request.batch_tokens
     ) else _BATCH  # fmt: skip
     info = {
-        "streams": [stream_info(stream) for stream in streams], "tokenizer": Path(tokenizer.name).name, "context": context,
+        "streams": [stream_info(stream) for stream in streams], "tokenizer": Path(tokenizer.name).name,
+        "context": context,
         "held_out": {"streams": [stream_info(stream) for stream in held], "tokens_at_most": request.eval_tokens},
     }  # fmt: skip
     found = tuple((_named(stream), evaluation_windows(stream, context, most)) for stream in held)

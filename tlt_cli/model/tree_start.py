@@ -1,7 +1,6 @@
 """Where routers start: cutting a text that the tree is to learn in halves, and the halves again.
 
-Routers that start at random cut across the kinds of text there are, and are hard before they have found them: on a
-mixture of three corpora (examples/tree.py) such trees end 0.04 nats higher than trees that start here.
+Routers that start at random cut across the kinds of text there are, and may be hard before they have found them.
 """
 
 from __future__ import annotations

@@ -19,20 +19,47 @@ def training_flops(
     """Operations of training on `tokens` tokens. `trained` names the parameters that move (None: all).
 
     Two per weight of every matrix on the way there, two on the way back for the gradient of what it reads, two more
-    for its own gradient where it is trained; an embedding is looked up instead. Scores and values of attention: twelve
-    per head entry, layer and position looked back on, which are half a window on average. `adapter` is the number of
-    weights that are trained beside them.
+    for its own gradient where it is trained; an embedding is looked up instead. Scores and values of attention: four
+    there and eight back per head entry, layer and position looked back on, which are half a window on average. Nothing
+    goes back through layers below the first that is trained. `adapter` is the number of weights that are trained
+    beside them, from the first layer on.
     """
     data = decoder.description
-    looked_up = {
-        data["roles"][role]["name"] + ".weight" for role in ("embedding", "positions") if role in data["roles"]
+    layers: int = data["layers"]
+    looked_up, place = _looked_up(decoder), _layers(decoder)
+    moving = place if trained is None else trained
+    first = min([-1 if name in looked_up else place[name] for name in moving] + [0] * bool(adapter), default=layers)
+    sizes = {
+        name: parameter.numel()
+        for name, parameter in decoder.named_parameters()
+        if parameter.dim() > 1 and (name not in looked_up or place[name] == layers)
     }
-    if data["tied"]:
-        looked_up.remove(data["roles"]["embedding"]["name"] + ".weight")
-    sizes = {name: p.numel() for name, p in decoder.named_parameters() if p.dim() > 1 and name not in looked_up}
-    moved = sum(size for name, size in sizes.items() if trained is None or name in trained)
-    attention: int = data["layers"] * data["heads"] * data["head_dim"] * context
-    return tokens * (4 * sum(sizes.values()) + 2 * moved + 6 * attention + 6 * adapter)
+    passed = sum(size for name, size in sizes.items() if place[name] > first or place[name] == first < layers)
+    moved = sum(size for name, size in sizes.items() if name in moving)
+    attention: int = data["heads"] * data["head_dim"] * context
+    attended: int = attention * (2 * layers + 4 * (layers - max(first, 0)))
+    return tokens * (2 * (sum(sizes.values()) + passed + moved) + attended + 6 * adapter)
+
+
+def _looked_up(decoder: Decoder) -> set[str]:
+    """The tensors of which rows are taken by number."""
+    roles = decoder.description["roles"]
+    return {f"{roles[role]['name']}.weight" for role in ("embedding", "positions") if role in roles}
+
+
+def _layers(decoder: Decoder) -> dict[str, int]:
+    """The layer that every parameter belongs to; -1 in front of them, their number behind them."""
+    data, rooms = decoder.description, {id(room): layer for layer, room in decoder.rooms.items()}
+    inside = {f"{name}.": rooms[id(module)] for name, module in decoder.named_modules() if id(module) in rooms}
+    head = {f"{data['roles']['embedding']['name']}.weight"} if data["tied"] else set()
+    front = _looked_up(decoder) - head
+    return {
+        name: next(
+            (layer for prefix, layer in inside.items() if name.startswith(prefix)),
+            -1 if name in front else data["layers"],
+        )
+        for name, _ in decoder.named_parameters()
+    }
 
 
 def peak_flops(device: torch.device) -> tuple[float, str]:
