@@ -136,7 +136,8 @@ Regularizer = Annotated[
 ]  # fmt: skip
 Strength = Annotated[float, _option(_RANK, "--strength", "How strongly.", "S")]
 TargetRank = Annotated[
-    int | None, _option(_RANK, "--target-rank", "Where it stops; nuclear: how many singular values it spares.", "R", min=1)
+    int | None,
+    _option(_RANK, "--target-rank", "Where it stops; nuclear: how many singular values it spares.", "R", min=1),
 ]
 RegularizeEvery = Annotated[int, _option(_RANK, "--regularize-every", "Every so many steps, so much stronger.", min=1)]
 RegularizeOnly = Annotated[

@@ -13,7 +13,7 @@ _FAINT = 1e-30  # a probability whose logarithm is taken of the logits instead
 
 def summed_cross_entropy(logits: Tensor, wanted: Tensor, ignored: int) -> Tensor:
     """The sum of -log softmax(logits)[wanted] over rows; logits [N, V], wanted [N], where `ignored` is not scored."""
-    if logits.device.type != "cpu":
+    if logits.device.type != "cpu" or torch.compiler.is_compiling():  # which makes one pass of it itself
         return functional.cross_entropy(logits, wanted, ignore_index=ignored, reduction="sum")
     total: Tensor = _Summed.apply(logits, wanted, ignored)  # type: ignore[no-untyped-call]
     return total
