@@ -78,6 +78,29 @@ def test_grow_is_the_command(
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "by function").iterdir()}
 
 
+def test_factor_and_train_are_the_commands(tmp_path: Path) -> None:
+    small = make_checkpoint(tmp_path / "bytes", "llama", vocab_size=256)
+    (tmp_path / "t.txt").write_text("to be or not to be, that is the question\n" * 40)
+    options: dict[str, dict[str, Any]] = {
+        "factor": {"keep": 0.5, "seed": 1},
+        "train": {"steps": 2, "batch_size": 2, "context": 8},
+    }
+    tlt_cli.factor(small, tmp_path / "factor by function", **options["factor"], quiet=True)
+    report = tlt_cli.train(
+        small, tmp_path / "train by function", data=[tmp_path / "t.txt"], **options["train"], quiet=True
+    )
+    assert report["evaluation"]["loss"] > 0
+    for name, given in options.items():
+        words = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+        words += ["--data", str(tmp_path / "t.txt")] if name == "train" else []
+        typed = CliRunner().invoke(app, [name, str(small), *words, "-o", str(tmp_path / f"{name} typed"), "-q"])
+        assert typed.exit_code == 0, typed.stderr
+        files = {path.name: path.read_bytes() for path in (tmp_path / f"{name} typed").iterdir()}
+        assert files == {path.name: path.read_bytes() for path in (tmp_path / f"{name} by function").iterdir()}
+    with pytest.raises(UsageError, match="one of --steps, --epochs and --tokens"):
+        tlt_cli.train(small, tmp_path / "never", data=[tmp_path / "t.txt"])
+
+
 def test_another_seed_is_another_model(small: Path, tmp_path: Path) -> None:
     for seed in (0, 1):
         tlt_cli.grow(small, tmp_path / f"{seed}.st", to_dim=64, seed=seed, quiet=True)

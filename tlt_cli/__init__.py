@@ -29,19 +29,24 @@ def load(
     dtype: str = "float32",
     device: str = "auto",
     stream: bool = False,
+    base: str | None = None,
     quiet: bool = False,
 ) -> Decoder:
     """A checkpoint as a torch module: ids [B, T] in, logits [B, T, V] out.
 
-    `source` is a .safetensors file, a folder or a repository of the hub; `axes` gives what shapes cannot tell, such as
-    {"kv": 4}. Its parameters are named as in the file. With `stream` nothing is held in memory and nothing can be
+    `source` is a .safetensors file, a folder, a repository of the hub, or an adapter's folder, which is run beside its
+    base: the one that it names, or `base`. `axes` gives what shapes cannot tell, such as {"kv": 4}. Its parameters are named as in the file. With `stream` nothing is held in memory and nothing can be
     trained. Notes go to stderr, unless `quiet`. Raises TltError for whatever cannot be read.
     """
     from tlt_cli.cli.console import Output
-    from tlt_cli.cli.opening import load_decoder, opened
+    from tlt_cli.cli.opening import load_decoder, opened_with_adapter
 
-    checkpoint, fitted = opened(fspath(source), out=Output(quiet=quiet), family=family, axes=_typed(axes))
-    return load_decoder(checkpoint, fitted, device=device, dtype=dtype, stream=stream)
+    found = opened_with_adapter(
+        fspath(source), out=Output(quiet=quiet), base=base, family=family, axes=_typed(axes)
+    )  # fmt: skip
+    return load_decoder(
+        found.checkpoint, found.fit, adapter=found.adapter, device=device, dtype=dtype, stream=stream
+    )  # fmt: skip
 
 
 def grow(
@@ -101,10 +106,91 @@ def grow(
     return outcome.report
 
 
+def factor(
+    source: str | PathLike[str],
+    output: str | PathLike[str],
+    *,
+    rank: int | None = None,
+    keep: float | None = None,
+    energy: float | None = None,
+    method: str | None = None,
+    calibration: Sequence[str | PathLike[str]] | None = None,
+    allocate: str | None = None,
+    refine: str | None = None,
+    align: int = 1,
+    only: Sequence[str] = (),
+    format: str = "lowrank",
+    bits: int | None = None,
+    eval: Sequence[str | PathLike[str]] | None = None,
+    context: int | None = None,
+    max_perplexity: float | None = None,
+    tokenizer: str | None = None,
+    family: str | None = None,
+    axes: Mapping[str, int] | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    max_shard_size: str | None = None,
+    jobs: int | None = None,
+    verify: bool = True,
+    seed: int = 0,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Cut matrices to low rank: `tlt factor`, and what it prints with --json as a dict.
+
+    One of `rank`, `keep` (a share of the matrices' parameters) and `energy` (a share of each one's squared singular
+    values) says how small. `calibration` are texts to fit to; `eval` texts to read afterwards. The dict has, among
+    others, path, ranks, keep, parameters, bytes, errors, and verification. Raises TltError, with nothing written, for
+    what cannot be done.
+    """
+    from tlt_cli.cli.console import Output
+    from tlt_cli.cli.factor_request import Request
+    from tlt_cli.cli.factoring import factor_checkpoint
+
+    request = Request(
+        rank=rank, keep=keep, energy=energy, method=method, calibration=_paths(calibration), allocate=allocate,
+        refine=refine, align=align, only=only, format=format, bits=bits, eval=_paths(eval), context=context,
+        max_perplexity=max_perplexity, tokenizer=tokenizer, family=family, axes=_typed(axes), output=Path(output),
+        force=force, dry_run=dry_run, max_shard_size=max_shard_size, verify=verify, jobs=jobs, seed=seed,
+        device=device, dtype=dtype,
+    )  # fmt: skip
+    return factor_checkpoint(fspath(source), request, out=Output(quiet=quiet)).report
+
+
+def train(
+    source: str | PathLike[str] | None,
+    output: str | PathLike[str],
+    *,
+    data: Sequence[str | PathLike[str]] | None = None,
+    axes: Mapping[str, int] | None = None,
+    quiet: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train a model, a part of it, or an adapter: `tlt train`, and what it prints with --json as a dict.
+
+    `source` is None with `init="llama:dim=256,layers=4"`. `options` are those of the command under their own names,
+    such as steps, lr, batch_size, context, lora, only, regularizer, distill, resume, seed. The dict has, among others,
+    path, recipe, trained, data, and evaluation: the loss on the text held out, nats per token. Raises TltError for what
+    cannot be done.
+    """
+    from tlt_cli.cli.console import Output
+    from tlt_cli.cli.training import train_model
+    from tlt_cli.cli.training_request import Request
+
+    request = Request(
+        source=None if source is None else fspath(source), output=Path(output), data=_paths(data) or (),
+        axes=_typed(axes) or (), **options,
+    )  # fmt: skip
+    return train_model(request, out=Output(quiet=quiet)).report
+
+
 def fold(
     source: str | PathLike[str],
     output: str | PathLike[str],
     *,
+    leaf: int | None = None,
+    base: str | None = None,
     family: str | None = None,
     axes: Mapping[str, int] | None = None,
     dtype: str | None = None,
@@ -116,9 +202,9 @@ def fold(
     seed: int = 0,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Multiply low-rank factors out into plain matrices: `tlt fold`, and what it prints with --json as a dict.
+    """Multiply low-rank factors or an adapter out into plain matrices: `tlt fold`, and what it prints with --json.
 
-    `output` is a .safetensors file or a folder. The dict has, among others, path, parameters, bytes, and verification:
+    Of a tree of LoRAs `leaf` says which; `base` is an adapter's where it names none. `output` is a .safetensors file or a folder. The dict has, among others, path, parameters, bytes, and verification:
     max_logit, relative (in deviations of the logits), bound, and kl (nats per token). Raises TltError, with nothing
     written, where there is nothing to fold or the folded model would compute something else.
     """
@@ -126,8 +212,8 @@ def fold(
     from tlt_cli.cli.fold import fold_checkpoint
 
     outcome = fold_checkpoint(
-        fspath(source), Path(output), out=Output(quiet=quiet), family=family, axes=_typed(axes), dtype=dtype,
-        force=force, dry_run=dry_run, max_shard_size=max_shard_size, jobs=jobs, verify=verify, seed=seed,
+        fspath(source), Path(output), out=Output(quiet=quiet), leaf=leaf, base=base, family=family, axes=_typed(axes),
+        dtype=dtype, force=force, dry_run=dry_run, max_shard_size=max_shard_size, jobs=jobs, verify=verify, seed=seed,
     )  # fmt: skip
     return outcome.report
 
@@ -135,3 +221,7 @@ def fold(
 def _typed(axes: Mapping[str, int] | None) -> list[str] | None:
     """Sizes of axes as they are typed on the command line."""
     return None if axes is None else [f"{axis}={size}" for axis, size in axes.items()]
+
+
+def _paths(texts: Sequence[str | PathLike[str]] | None) -> list[Path] | None:
+    return None if texts is None else [Path(text) for text in texts]

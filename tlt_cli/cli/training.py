@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,25 +13,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from tlt_cli.checkpoint.local import open_file
-from tlt_cli.checkpoint.shards import is_single_file
-from tlt_cli.checkpoint.writer import check_target
 from tlt_cli.cli.console import Output, Table
-from tlt_cli.cli.execute import Outcome, shard_size
+from tlt_cli.cli.execute import Outcome
 from tlt_cli.cli.opening import parse_device
+from tlt_cli.cli.training_evaluation import evaluate
 from tlt_cli.cli.training_log import REGULARIZING, Journal, journal
 from tlt_cli.cli.training_output import derived_output, write_adapter, write_model
 from tlt_cli.cli.training_request import Request
+from tlt_cli.cli.training_runs import check_run, forget
 from tlt_cli.cli.training_start import Subject, Texts, read_texts, start, stream_info, teacher
 from tlt_cli.errors import TltError, UsageError, nearest
 from tlt_cli.model.decoder import Decoder
-from tlt_cli.model.perplexity import perplexity
 from tlt_cli.model.tree import Tree
 from tlt_cli.model.tree_start import aim
 from tlt_cli.training.ahead import Ahead
 from tlt_cli.training.flops import peak_flops, training_flops
 from tlt_cli.training.loop import Run, take_step
-from tlt_cli.training.objective import LOGIT_BYTES, distillation, next_token
+from tlt_cli.training.objective import Objective, distillation, next_token
 from tlt_cli.training.optimizers import optimizers
 from tlt_cli.training.recipe import Recipe
 from tlt_cli.training.regularize import Regularizer, regularize, spectra, targets
@@ -40,6 +37,7 @@ from tlt_cli.training.state import check_same, latest, load_state, read_extra, r
 from tlt_cli.training.windows import Windows
 from tlt_cli.training.world import World, replicate, shard, start_world
 
+_GRAPHS = 64  # that one function may be compiled to
 _AIMED_AT = 64  # windows that the routers of a tree start from
 
 
@@ -55,57 +53,15 @@ def train_model(request: Request, *, out: Output) -> Outcome:
             states = output.with_name(f"{output.name}.training")
         with contextlib.nullcontext() if request.dry_run else reserved(states, world=world):
             with world.ranks.together():
-                finished = _check(request, subject, output, states, out)
+                finished = check_run(request, subject, output, states, out)
             if finished is not None:
                 if world.rank == 0:
-                    _forget(states)
+                    forget(states)
                 return finished
             with world.ranks.together():
                 texts = read_texts(request, subject, out=out)
                 recipe = request.recipe(context=texts.context, batch=texts.batch, windows=texts.windows.per_epoch)
             return _Training(request, subject, texts, recipe, output, states, world, out).carried_out()
-
-
-def _check(request: Request, subject: Subject, output: Path, states: Path, out: Output) -> Outcome | None:
-    """Refuse an output that must not be written; where --resume finds the run's output there, that is the outcome."""
-    if request.adapts and is_single_file(output):
-        raise UsageError(f"-o {output}: an adapter is a folder of several files; give a name without a suffix")
-    if request.max_shard_size is not None:
-        shard_size(request.max_shard_size)
-    done = request.resume and not request.force and not states.exists() and _command_of(output)
-    if done and done == request.command(subject.name):
-        out.note(f"{output} is there, and no state of an unfinished run: nothing is left to do")
-        return Outcome({"operation": "train", "path": str(output), "finished": True}, Table(("", "value"), []))
-    force = request.force or (request.resume and states.exists() and latest(states) is not None and _done(states))
-    check_target(output, subject.values, force=force)
-    if latest(states) is not None and not (request.resume or request.force or request.dry_run):
-        raise UsageError(
-            f"{states} holds the state of an unfinished run: --resume goes on with it, --force begins anew"
-        )
-    return None
-
-
-def _command_of(output: Path) -> str | None:
-    """The command that made a finished output, as its weights tell; None where there is none."""
-    for path in (output,) if output.is_file() else sorted(output.glob("*.safetensors")):
-        return str((open_file(path, str(path)).lineage or {}).get("command"))
-    return None
-
-
-def _done(states: Path) -> bool:
-    """Whether the last state is that of a run whose output was being written."""
-    last = latest(states)
-    return last is not None and bool(read_extra(last).get("done"))
-
-
-def _forget(states: Path) -> None:
-    """Delete the states of a run: under another name, so that none is seen while their files go one by one."""
-    gone = states.with_name(f".{states.name}.gone")
-    if gone.exists():  # what a kill has left
-        shutil.rmtree(gone)
-    if states.exists():
-        states.rename(gone)
-        shutil.rmtree(gone)
 
 
 @dataclass(frozen=True)
@@ -131,15 +87,16 @@ class _Training:
         report = self._report(counted)
         if self.request.dry_run:
             return Outcome({**report, "dry_run": True}, _table(report))
+        objective, learned_from = self._objective()
         run = Run(
             decoder=decoder, trained=trained, windows=self._windows(), recipe=self.recipe,
-            optimizers=optimizers(trained, self.recipe, blocks=inside), objective=self._objective(),
+            optimizers=optimizers(trained, self.recipe, blocks=inside), objective=objective,
             adapter=self.subject.adapter, world=world, sharded=sharded, micro=self.request.micro_batch,
             autocast=None if sharded else self._precision(), after=self._after(),
         )  # fmt: skip
         with world.ranks.together():
             if world.rank == 0 and not self.request.resume:
-                _forget(self.states)
+                forget(self.states)
         first = self._resumed(run)
         if first == 0 and isinstance(self.subject.adapter, Tree):
             some = self.texts.windows.batch(0, _AIMED_AT).to(decoder.device)
@@ -147,7 +104,7 @@ class _Training:
             aim(self.subject.adapter, decoder, some.rows[:, :-1], documents)
         if run.adapter is not None and first:  # where nothing but writing is left, no step does it
             run.adapter.advance(first - 1, self.recipe.steps)
-        evaluation, seconds = self._steps(run, first, counted)
+        evaluation, seconds = self._steps(run, first, self._cost(counted, learned_from))
         report.update(evaluation=evaluation, seconds=seconds, resumed_at=first)
         details: dict[str, Any] = {key: report[key] for key in ("recipe", "data", "trained", "evaluation")}
         written = write_adapter if self.subject.adapter is not None else write_model
@@ -157,7 +114,7 @@ class _Training:
         )  # fmt: skip
         with world.ranks.together():
             if world.rank == 0:
-                _forget(self.states)
+                forget(self.states)
         return Outcome(report, _table(report))
 
     # --- what moves ------------------------------------------------------------------------------------------
@@ -195,11 +152,12 @@ class _Training:
         """The dtype of matrix products where it is not the weights' own: bfloat16 on accelerators."""
         return torch.bfloat16 if self.world.device.type == "cuda" and self.request.precision != "float32" else None
 
-    def _objective(self) -> Any:
+    def _objective(self) -> tuple[Objective, Decoder | None]:
+        """What is minimized, and the model that is learned from, if any."""
         if self.request.distill is None:
-            return next_token
+            return next_token, None
         model = teacher(self.request, self.subject, device=self.world.device, out=self.out)
-        return distillation(model, share=self.request.distill_share)
+        return distillation(model, share=self.request.distill_share), model
 
     def _after(self) -> Callable[[int, float], Mapping[str, float]] | None:
         request = self.request
@@ -242,14 +200,17 @@ class _Training:
         extra = {"recipe": self._same(), "done": step == self.recipe.steps}
         save_state(self.states, step, run.trained, run.optimizers, extra, world=self.world)
 
-    def _steps(self, run: Run, first: int, counted: Mapping[str, int]) -> tuple[dict[str, Any], float]:
+    def _cost(self, counted: Mapping[str, int], learned_from: Decoder | None) -> int:
+        """Operations of one step, a teacher's way there included."""
+        tokens, context = self.recipe.tokens, self.recipe.context
+        adapted = sum(counted.values()) if self.subject.adapter is not None else 0
+        moving = () if adapted else counted
+        cost = training_flops(self.subject.decoder, tokens, context=context, trained=moving, adapter=adapted)
+        return cost + (0 if learned_from is None else training_flops(learned_from, tokens, context=context, trained=()))
+
+    def _steps(self, run: Run, first: int, cost: int) -> tuple[dict[str, Any], float]:
         steps, request = self.recipe.steps, self.request
         evaluating, saving = request.every(request.eval_every, steps), request.every(request.save_every, steps)
-        adapted = sum(counted.values()) if self.subject.adapter is not None else 0
-        cost = training_flops(
-            self.subject.decoder, self.recipe.tokens, context=self.recipe.context,
-            trained=() if adapted else counted, adapter=adapted,
-        )  # fmt: skip
         peak, origin = peak_flops(self.world.device)
         self.out.detail(f"MFU counts {cost:.3g} operations a step, of {peak:.3g} a second: {origin}")
         began = time.perf_counter()
@@ -276,9 +237,10 @@ class _Training:
         if not self.request.compile:
             yield
             return
-        decoder = self.subject.decoder
-        decoder.compile()
-        yield
+        # a tree has many ways to run: soft, straight, hard, packed rows or not, each a graph
+        with torch._dynamo.config.patch(cache_size_limit=_GRAPHS):
+            self.subject.decoder.compile()
+            yield
 
     def _evaluated(self, log: Journal, step: int) -> dict[str, Any]:
         try:
@@ -304,34 +266,6 @@ class _Training:
             "tokens": self.recipe.steps * self.recipe.tokens, "data": self.texts.info, "parameters": whole,
             "trained": {"tensors": len(counted), "parameters": sum(counted.values())},
         }  # fmt: skip
-
-
-@torch.no_grad()
-def evaluate(decoder: Decoder, adapter: Any, texts: Texts) -> dict[str, Any]:
-    """The loss on the held-out text, nats per token, and of several streams on each; of a tree soft and hard."""
-    if not texts.held:
-        return {}
-    if not isinstance(adapter, Tree):
-        return _losses(decoder, texts)
-    adapter.eval()
-    soft = _losses(decoder, texts)
-    adapter.report()
-    adapter.hard = True
-    hard = _losses(decoder, texts)
-    adapter.hard = False
-    numbers = {**hard, "soft_loss": soft["loss"], "gap": hard["loss"] - soft["loss"], **adapter.report()}
-    adapter.train()
-    return numbers
-
-
-def _losses(decoder: Decoder, texts: Texts) -> dict[str, float]:
-    most = LOGIT_BYTES // (4 * int(decoder.description["vocab"]) * texts.context)  # windows whose logits are bearable
-    found = [perplexity(decoder, rows.flatten(), rows.shape[1], max(1, min(8, most))) for _, rows in texts.held]
-    tokens = sum(each["tokens"] for each in found)
-    numbers = {"loss": sum(each["nll"] * each["tokens"] for each in found) / tokens}
-    if len(found) > 1:
-        numbers.update({f"loss_{name}": each["nll"] for (name, _), each in zip(texts.held, found, strict=True)})
-    return numbers
 
 
 def _changes(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -108,9 +108,12 @@ def take_step(run: Run, step: int) -> Done:
     if not math.isfinite(loss):
         raise TltError(f"the loss is {loss} at step {step}; train at a lower rate than {recipe.learning_rate:g}")
     norm = float(clip(run.trained.values(), recipe.clip or math.inf))
-    for optimizer in run.optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    try:
+        for optimizer in run.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    except (RuntimeError, MemoryError) as error:
+        raise _memory(error, 1, recipe) from error
     numbers = {} if run.after is None else run.after(step, recipe.rate(step))
     return Done(step, loss, norm, recipe.rate(step), recipe.tokens, numbers)
 
@@ -138,8 +141,8 @@ def _memory(error: RuntimeError | MemoryError, micro: int, recipe: Recipe) -> Ba
             f"the same {recipe.batch} windows a step, and the same result, in more pieces"
         )
     return TltError(
-        f"out of memory with one window of {recipe.context} tokens; try --context {max(1, recipe.context // 2)}, or "
-        "train less of the model: --lora 8"
+        f"out of memory with one window of {recipe.context} tokens at a time, weights, gradients and the optimizer's "
+        f"state; try --context {max(1, recipe.context // 2)}, or train less of the model: --lora 8"
     )
 
 

@@ -1,0 +1,58 @@
+"""What is there already of a training run: its output, the states of an unfinished one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from tlt_cli.checkpoint.local import open_file
+from tlt_cli.checkpoint.shards import is_single_file
+from tlt_cli.checkpoint.writer import check_target
+from tlt_cli.cli.console import Output, Table
+from tlt_cli.cli.execute import Outcome, shard_size
+from tlt_cli.cli.training_request import Request
+from tlt_cli.cli.training_start import Subject
+from tlt_cli.errors import UsageError
+from tlt_cli.training.state import latest, read_extra
+
+
+def check_run(request: Request, subject: Subject, output: Path, states: Path, out: Output) -> Outcome | None:
+    """Refuse an output that must not be written; where --resume finds the run's output there, that is the outcome."""
+    if request.adapts and is_single_file(output):
+        raise UsageError(f"-o {output}: an adapter is a folder of several files; give a name without a suffix")
+    if request.max_shard_size is not None:
+        shard_size(request.max_shard_size)
+    done = request.resume and not request.force and not states.exists() and _command_of(output)
+    if done and done == request.command(subject.name):
+        out.note(f"{output} is there, and no state of an unfinished run: nothing is left to do")
+        return Outcome({"operation": "train", "path": str(output), "finished": True}, Table(("", "value"), []))
+    force = request.force or (request.resume and states.exists() and latest(states) is not None and _done(states))
+    check_target(output, subject.values, force=force)
+    if latest(states) is not None and not (request.resume or request.force or request.dry_run):
+        raise UsageError(
+            f"{states} holds the state of an unfinished run: --resume goes on with it, --force begins anew"
+        )
+    return None
+
+
+def _command_of(output: Path) -> str | None:
+    """The command that made a finished output, as its weights tell; None where there is none."""
+    for path in (output,) if output.is_file() else sorted(output.glob("*.safetensors")):
+        return str((open_file(path, str(path)).lineage or {}).get("command"))
+    return None
+
+
+def _done(states: Path) -> bool:
+    """Whether the last state is that of a run whose output was being written."""
+    last = latest(states)
+    return last is not None and bool(read_extra(last).get("done"))
+
+
+def forget(states: Path) -> None:
+    """Delete the states of a run: under another name, so that none is seen while their files go one by one."""
+    gone = states.with_name(f".{states.name}.gone")
+    if gone.exists():  # what a kill has left
+        shutil.rmtree(gone)
+    if states.exists():
+        states.rename(gone)
+        shutil.rmtree(gone)
