@@ -23,6 +23,7 @@ from tlt_cli.surgery.metrics import Seen, needs_entries
 # the roles that read one and the same input, by the one that stands for all
 SAME_INPUT = {"query": "query", "key": "query", "value": "query", "output": "output", "gate": "up", "up": "up",
               "down": "down"}  # fmt: skip
+_ROWS = 1024  # that are widened to float64 at a time
 Progress = Callable[[int, int], None]
 Spot = tuple[int, str]  # layer and role
 
@@ -87,7 +88,7 @@ class _Sums:
     def tap(self, role: str, layer: int, x: Tensor, y: Tensor) -> None:
         if SAME_INPUT[role] == role:
             flat = x.detach().flatten(0, -2)
-            self._add("reads", (layer, role), (flat.T @ flat).double())
+            self._add("reads", (layer, role), _outer(flat))
             self._add("sizes", (layer, role), flat.abs().sum(0).double())
         if y.requires_grad:
             read = x.detach() if self._entries else None
@@ -95,7 +96,7 @@ class _Sums:
 
     def _felt(self, spot: Spot, grad: Tensor, read: Tensor | None) -> None:
         flat = grad.flatten(0, -2)
-        self._add("feels", spot, (flat.T @ flat).double())
+        self._add("feels", spot, _outer(flat))
         if read is not None:
             self._add("squares", spot, (flat.double().square().T @ read.flatten(0, -2).double().square()))
 
@@ -108,6 +109,16 @@ class _Sums:
             {spot: value / tokens for spot, value in self.sums.pop(part).items()} for part in _PARTS
         )
         return Moments(reads, sizes, feels, tokens, squares)
+
+
+def _outer(flat: Tensor) -> Tensor:
+    """The sum of x xT over the rows of flat [k, n]: [n, n] in float64, where products of float32 are exact. Of fewer
+    rows than n this is singular, and summed in float32 its rounding would pass for directions that are read."""
+    total = torch.zeros(flat.shape[1], flat.shape[1], dtype=torch.float64, device=flat.device)
+    for some in torch.split(flat, _ROWS):
+        wide = some.double()
+        total.addmm_(wide.T, wide)
+    return total
 
 
 def streams(

@@ -24,6 +24,7 @@ from tlt_cli.calibration.pieces import Dense, Piece, low
 from tlt_cli.surgery.decompose import DAMPING, Decomposition, decompose
 
 _PRICES = 256
+_LEAST = 1e-9  # of the largest mean diagonal of a group: damping where a matrix has no gradients at all
 _REMOVALS = 24  # numbers of neurons tried, evenly up to 15/16 of them
 _MOST_NEURONS = 4096  # the greedy order takes f^3 steps: beyond this no neurons are removed
 
@@ -95,7 +96,9 @@ def curve(weights: Sequence[Tensor], inputs: Tensor, outputs: Sequence[Tensor | 
     A factored one is counted with pivots: r (sum of m + n) - r^2, which is less than the whole for every r below it.
     """
     stacked = torch.cat([weight.double() for weight in weights])
-    felt = [damped(each) for each in outputs if each is not None]
+    given = [each for each in outputs if each is not None]
+    least = _LEAST * max((float(each.diagonal().mean()) for each in given), default=0.0)
+    felt = [damped(each, least) for each in given]
     metric: Tensor | None = torch.block_diag(*felt) if felt else None  # type: ignore[no-untyped-call]
     found = decompose(stacked, inputs=inputs, outputs=metric, damping=0.0 if metric is not None else DAMPING)
     rows, columns = stacked.shape
@@ -105,9 +108,11 @@ def curve(weights: Sequence[Tensor], inputs: Tensor, outputs: Sequence[Tensor | 
     return Curve(tuple(len(weight) for weight in weights), found, np.append(ranks, 0), costs, losses)
 
 
-def damped(outputs: Tensor) -> Tensor:
-    """G with its own share of damping: stacked matrices must not be damped by each other's."""
-    return outputs + DAMPING * outputs.diagonal().mean() * torch.eye(len(outputs), dtype=outputs.dtype)
+def damped(outputs: Tensor, least: float = 0.0) -> Tensor:
+    """G with its own share of damping, and no less than `least`: stacked matrices must not be damped by each other's,
+    and one that no gradient reached must not be singular among them."""
+    share = max(DAMPING * float(outputs.diagonal().mean()), least)
+    return outputs + share * torch.eye(len(outputs), dtype=outputs.dtype)
 
 
 def menus(weights: Mapping[str, Tensor], moments: Moments, layer: int, *, align: int = 1) -> Iterator[Menu]:

@@ -81,7 +81,7 @@ def _parsed(spec: str, rest: str) -> tuple[dict[str, int], dict[str, Any]]:
     for part in filter(None, (part.strip() for part in rest.split(","))):
         key, sign, value = part.partition("=")
         if not sign:
-            raise UsageError(f"--init {spec}: expected key=value, found {part!r}; such as llama:dim=256,layers=4")
+            raise UsageError(f"--init {spec}: expected key=value, found {part!r}; such as dim=256,layers=4")
         key = key.replace("-", "_")
         if key in SIZES:
             if not value.isascii() or not value.isdigit() or int(value) < 1:
