@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import warnings
 from pathlib import Path
 
@@ -282,9 +283,9 @@ def test_aligned_ranks_and_neurons(tmp_path: Path) -> None:
 # --- memory ------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_put_away_comes_back_as_it_was() -> None:
+def test_what_is_put_away_comes_back_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     shelf = Shelf[str]()
-    folder = shelf._folder
     values = {
         "double": torch.randn(3, 5, dtype=torch.float64), "half": torch.randn(7).bfloat16(),
         "codes": torch.arange(6, dtype=torch.int8).reshape(2, 3).T, "none": torch.zeros(0, 4), "one": torch.tensor(2.5),
@@ -296,9 +297,29 @@ def test_what_is_put_away_comes_back_as_it_was() -> None:
     assert torch.equal(shelf["double"], values["double"]), "a reader's changes are the reader's"
     shelf["double"] = torch.ones(2)
     assert torch.equal(shelf.pop("double"), torch.ones(2)) and "double" not in shelf and len(shelf) == 4
-    assert len(list(folder.iterdir())) == 4
-    del shelf
-    assert not folder.exists()
+    for name in ("half", "codes", "none", "one"):
+        assert torch.equal(shelf[name], values[name]), "what stays is where it was"
+    assert not list(tmp_path.iterdir()), "nothing that a killed program would leave behind"
+
+
+def test_a_shelf_takes_no_more_room_than_it_must() -> None:
+    shelf = Shelf[int]()
+    for layer in range(4):
+        shelf[layer] = torch.full((1000,), float(layer))
+        shelf[layer] = shelf[layer] + 1  # in the same place
+    assert file_size(shelf) == 16_000
+    for layer in reversed(range(4)):
+        assert torch.equal(shelf.pop(layer), torch.full((1000,), layer + 1.0))
+        assert file_size(shelf) == 4000 * layer
+    shelf[0], shelf[1] = torch.ones(10), torch.ones(10)
+    del shelf[0]
+    assert file_size(shelf) == 80  # no hole is filled
+    shelf[0] = torch.zeros(5)
+    assert torch.equal(shelf[1], torch.ones(10)) and torch.equal(shelf[0], torch.zeros(5))
+
+
+def file_size(shelf: Shelf[int]) -> int:
+    return os.fstat(shelf._file.fileno()).st_size
 
 
 def most_held(monkeypatch: pytest.MonkeyPatch, source: Source, ids: torch.Tensor, *, on_disk: bool) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from family_zoo import ZOO, make_checkpoint, some_ids, stock_logits
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tlt_cli.cli import app
@@ -78,6 +78,35 @@ def test_every_way_there(quick: Path, refinement: str, options: list[str]) -> No
     report = factor(quick, *options, "--refine", refinement, "-o", str(quick / "out"))
     assert report.get("refine", "none") == refinement
     assert any(name.endswith("lowrank_a.weight") for name in load_file(quick / "out" / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--keep", "0.6", "--refine", "none"], ["--keep", "0.6", "--refine", "drift"], ["--keep", "0.6"],
+        *(["--rank", "8", "--method", method] for method in ("whiten", "kfac", "fisher", "weighted", "activation")),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_two_tokens_are_a_text(quick: Path, options: list[str]) -> None:
+    """All moments are singular, and nothing reaches the first block's query and key, which look at one token alone."""
+    make_checkpoint(quick / "model", "llama", vocab_size=256)
+    (quick / "text.txt").write_text("ab")
+    report = factor(quick, *options, "-o", str(quick / "out"))
+    assert report["calibration"]["tokens"] == 2
+    assert torch.isfinite(trusted_logits(quick / "out", some_ids(vocab=256))).all()
+
+
+@pytest.mark.parametrize("refinement", ["none", "drift", "block"])
+@pytest.mark.parametrize("dead", ["mlp.up_proj", "self_attn.v_proj", "mlp.down_proj"])
+def test_matrices_that_read_nothing_but_zeros(quick: Path, dead: str, refinement: str) -> None:
+    file = make_checkpoint(quick / "model", "llama", vocab_size=256) / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"model.layers.1.{dead}.weight"].zero_()
+    save_file(tensors, file, metadata={"format": "pt"})
+    report = factor(quick, "--keep", "0.5", "--refine", refinement, "-o", str(quick / "out"))
+    assert report["keep"] <= 0.5
+    assert torch.isfinite(trusted_logits(quick / "out", some_ids(vocab=256))).all()
 
 
 def test_a_bound_that_is_missed_writes_nothing(quick: Path) -> None:

@@ -414,6 +414,24 @@ def test_what_is_refused() -> None:
     assert all(torch.equal(now, before[name]) for name, now in values(broken).items() if name != GAIN)
     with pytest.raises(TltError, match="no token of step 0 is to be predicted: every document is one token long"):
         take_step(run_of(some_decoder(), documents([1] * 100), Recipe(steps=1, batch=2, context=16)), 0)
+    frozen = {name: p for name, p in broken.named_parameters() if p.dim() == 1}
+    with pytest.raises(UsageError, match="--optimizer muon is for the matrices of a model's blocks, and none"):
+        run_of(some_decoder(), documents([400]), Recipe(steps=1, optimizer="muon", context=16), trained=frozen)
+
+
+def test_a_gradient_that_is_no_number_moves_nothing() -> None:
+    """The loss may be a number where its gradient is none; a state saved behind such a step would be lost."""
+
+    def steep(decoder: Decoder, batch: Batch) -> Loss:
+        found = next_token(decoder, batch)
+        return Loss(found.total + (found.total - found.total.detach()).abs().sqrt(), found.nll)
+
+    decoder = some_decoder()
+    before = values(decoder)
+    run = run_of(decoder, documents([400]), Recipe(steps=1, batch=2, context=16), objective=steep)
+    with pytest.raises(TltError, match=r"the gradient is nan at step 0; train at a lower rate than 0\.001"):
+        take_step(run, 0)
+    assert all(torch.equal(now, before[name]) for name, now in values(decoder).items())
 
 
 def failing(error: BaseException, decoder: Decoder, batch: Batch) -> Loss:

@@ -416,3 +416,17 @@ def test_what_makes_no_sense_is_refused_in_one_line(llama: Path, tmp_path: Path,
     result = tlt("factor", llama, *words, *output)
     assert result.exit_code == 2 and says in result.stderr and len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-4, 1e-6])
+def test_scales_of_small_matrices_fit_into_float16(size: float) -> None:
+    """Codes of a matrix of small numbers lose no more than those of a large one; the control takes scales as they come,
+    all of the smallness in those of a's rows."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.linalg.qr(torch.randn(60, 6, generator=generator))[0].T, torch.randn(50, 6, generator=generator)
+    whole = size * b.double() @ a.double()
+    right, left = quantized(size * a, b, dtype=torch.float16)
+    lost = float((whole - left.values() @ right.values()).norm() / whole.norm())
+    assert lost <= 0.015
+    plain = rounded(size * a, torch.float16).values()
+    assert (float((plain - size * a).norm() / (size * a).norm()) <= 0.015) == (size > 1e-6)

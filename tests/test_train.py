@@ -304,6 +304,7 @@ USAGE: dict[str, tuple[str, ...]] = {
     "--lora and --lora-tree": ("{model}", "--steps", "1", "--lora", "2", "--lora-tree", "1"),
     "see --target": ("{model}", "--steps", "1", "--lora", "2", "--only", "*"),
     "an adapter of random weights": ("--init", "llama:dim=32", "--steps", "1", "--lora", "2"),
+    "--optimizer muon is for": ("{model}", "--steps", "1", "--lora", "2", "--optimizer", "muon"),
     "--leaf-devices": ("{model}", "--steps", "1", "--lora-tree", "1", "--leaf-devices", "cpu"),
     "--mix 1,2: expected a number above 0 for each --data, 1": ("{model}", "--steps", "1", "--mix", "1,2"),
     "--mix x:": ("{model}", "--steps", "1", "--mix", "x"),
@@ -334,6 +335,33 @@ USAGE: dict[str, tuple[str, ...]] = {
 def test_bad_usage(here: Path, told: str) -> None:
     arguments = [word.replace("{model}", str(here / "model")) for word in USAGE[told]]
     refused(2, told, *arguments, "--data", here / "text.txt")
+
+
+def test_what_decays(here: Path) -> None:
+    """Adapters do not unless told; what is told counts for both."""
+
+    def decay(*more: str) -> Any:
+        report = train(here / "model", "--data", here / "text.txt", "--steps", "1", *SHAPE, "--dry-run", *more)
+        return report["recipe"]["weight_decay"]
+
+    assert (decay(), decay("--lora", "2")) == (0.1, 0.0)
+    assert decay("--weight-decay", "0.3") == decay("--lora", "2", "--weight-decay", "0.3") == 0.3
+
+
+def test_a_teacher_that_cannot_be(here: Path, tmp_path: Path) -> None:
+    text, short = here / "text.txt", tmp_path / "short"
+    make_checkpoint(short, "gpt2", vocab_size=256)
+    refused(2, f"--context 65 is more than the 64 positions of {short}", here / "model", "--data", text, "--steps", "1",
+            "--context", "65", "--distill", short)  # fmt: skip
+    for name, order in (("forth", 1), ("back", -1)):
+        make_checkpoint(tmp_path / name, "llama", vocab_size=256)
+        vocabulary = {word: place for place, word in enumerate(("?", *WORDS[::order]))}
+        engine = Engine(models.WordLevel(vocabulary, unk_token="?"))  # type: ignore[call-arg]
+        engine.pre_tokenizer = pre_tokenizers.Whitespace()
+        engine.save(str(tmp_path / name / "tokenizer.json"))
+    told = ("--data", text, "--steps", "1", *SHAPE, "--distill")
+    refused(1, "its tokenizer has other tokens", tmp_path / "forth", *told, tmp_path / "back")
+    train(tmp_path / "forth", *told, tmp_path / "forth", "-o", "same")
 
 
 def test_a_context_that_the_model_does_not_have(here: Path, tmp_path: Path) -> None:
@@ -375,6 +403,14 @@ def test_weights_that_cannot_be_trained(here: Path, tmp_path: Path) -> None:
     refused(1, "97", here / "model", *data, "--distill", "words")
 
 
+def test_integers_are_not_trained(here: Path) -> None:
+    """No gradient moves codes, and their scales alone would be moved to anywhere."""
+    assert tlt("factor", here / "model", "--rank", "4", "--bits", "8", "-o", "coded", "-q").exit_code == 0
+    told = ("coded", "--data", here / "text.txt", "--steps", "1", *SHAPE)
+    refused(1, "lowrank_a.weight and others are 8-bit integers, which no gradient moves; fold them first", *told)
+    train(*told, "--lora", "2", "-o", "beside")
+
+
 def test_what_exists_is_left_alone(here: Path) -> None:
     data = ("--data", here / "text.txt", "--steps", "1", *SHAPE)
     Path("mine").mkdir()
@@ -392,7 +428,7 @@ def test_a_loss_that_is_no_number_ends_it(here: Path) -> None:
     """What was there is there: no output, and a state from before."""
     result = tlt("train", here / "model", "--data", here / "text.txt", "--steps", "20", *SHAPE, "--lr", "1e30",
                  "--clip", "0", "--save-every", "1", "-o", "out")  # fmt: skip
-    assert result.exit_code == 1 and "the loss is" in result.stderr and "lower rate" in result.stderr
+    assert result.exit_code == 1 and " at step " in result.stderr and "lower rate" in result.stderr
     assert not Path("out").exists()
 
 
@@ -524,7 +560,9 @@ def test_force_begins_anew(here: Path, interrupted: Callable[..., None]) -> None
 
 
 def test_a_finished_run_is_left_as_it_is(here: Path) -> None:
-    arguments = (here / "model", "--data", here / "text.txt", "--steps", "2", *SHAPE, "-o", "out", "--resume")
+    arguments: tuple[Any, ...] = (
+        here / "model", "--data", here / "text.txt", "--steps", "2", *SHAPE, "-o", "out", "--resume"
+    )  # fmt: skip
     train(*arguments)
     before = content(Path())
     again = tlt("train", *arguments)
@@ -532,6 +570,13 @@ def test_a_finished_run_is_left_as_it_is(here: Path) -> None:
     assert content(Path()) == before
     longer = ["3" if word == "2" else word for word in arguments]
     refused(1, "exists already", *longer)  # what another command made is not this one's result
+    Path("elsewhere").mkdir()
+    Path("elsewhere/text.txt").write_text(words(2000, 5))
+    make_checkpoint(Path("elsewhere/model"), "llama", seed=1, vocab_size=256, num_hidden_layers=2)
+    for place in (0, 2):  # nor what it made of another model, or of another text of the same name
+        refused(
+            1, "exists already", *arguments[:place], Path("elsewhere", arguments[place].name), *arguments[place + 1 :]
+        )
 
 
 def test_a_damaged_state_is_named(here: Path, interrupted: Callable[..., None]) -> None:

@@ -35,8 +35,8 @@ def load(
     """A checkpoint as a torch module: ids [B, T] in, logits [B, T, V] out.
 
     `source` is a .safetensors file, a folder, a repository of the hub, or an adapter's folder, which is run beside its
-    base: the one that it names, or `base`. `axes` gives what shapes cannot tell, such as {"kv": 4}. Parameters are named
-    as in the file. With `stream` nothing is held in memory and nothing can be trained. Notes go to stderr, unless
+    base: the one that it names, or `base`. `axes` gives what shapes cannot tell, such as {"kv": 4}. Parameters have the
+    names of the file. With `stream` nothing is held in memory and nothing can be trained. Notes go to stderr, unless
     `quiet`. Raises TltError for whatever cannot be read.
     """
     from tlt_cli.cli.console import Output
@@ -207,8 +207,8 @@ def fold(
 
     Of a tree of LoRAs `leaf` says which; `base` is an adapter's where it names none. `output` is a .safetensors file or
     a folder. The dict has, among others, path, parameters, bytes, and verification: max_logit, relative (in deviations
-    of the logits), bound, and kl (nats per token). Raises TltError, with nothing written, where there is nothing to fold
-    or the folded model would compute something else.
+    of the logits), bound, and kl (nats per token). Raises TltError, with nothing written, where there is nothing to
+    fold or the folded model would compute something else.
     """
     from tlt_cli.cli.console import Output
     from tlt_cli.cli.fold import fold_checkpoint

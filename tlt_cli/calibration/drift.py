@@ -28,7 +28,8 @@ class Crossed:
 
     def refit(self, role: str) -> Tensor:
         """The matrix [out, in] that reaches the target best, by least squares."""
-        damped = self.inputs + _DAMPING * self.inputs.diagonal().mean() * torch.eye(len(self.inputs))
+        ridge = _DAMPING * float(self.inputs.diagonal().mean()) or 1.0  # inputs of zeros: any matrix does, so zeros
+        damped = self.inputs + ridge * torch.eye(len(self.inputs))
         found: Tensor = torch.linalg.solve(damped, self.targets[role].T).T
         return found
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_DAMPING = 1e-6
+_DAMPING = 1e-6  # of H's mean diagonal
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def removal_order(down: Tensor, inputs: Tensor, outputs: Tensor | None, *, most:
     weight = down.double().clone()
     metric = weight if outputs is None else outputs.double() @ weight
     size = len(inputs)
-    inverse = torch.linalg.inv(inputs.double() + _DAMPING * inputs.diagonal().mean() * torch.eye(size))
+    inverse = torch.linalg.inv(inputs.double() + _ridge(inputs) * torch.eye(size))
     energy = (weight * metric).sum(0)  # w_jT G w_j of every column
     gone = torch.zeros(size, dtype=torch.bool)
     order, losses = [], [0.0]
@@ -54,6 +54,11 @@ def refit_kept(down: Tensor, inputs: Tensor, kept: Tensor) -> Tensor:
     """`down` [m, f] on the kept neurons [k] only, by least squares on what it read: [m, k]."""
     wide = inputs.double()
     inside = wide[kept][:, kept]
-    damped = inside + _DAMPING * wide.diagonal().mean() * torch.eye(len(kept))
+    damped = inside + _ridge(wide) * torch.eye(len(kept))
     found: Tensor = torch.linalg.solve(damped, (down.double() @ wide[:, kept]).T).T
     return found
+
+
+def _ridge(inputs: Tensor) -> float:
+    """What makes H invertible: next to nothing where no input is ever anything but zero."""
+    return _DAMPING * float(inputs.diagonal().mean()) or 1e-30

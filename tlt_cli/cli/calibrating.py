@@ -64,4 +64,10 @@ def calibration_text(opened: Opened, request: Request, *, out: Output) -> tuple[
     )
     for note in tokens.notes:
         out.note(note)
+    widest = max(matrix.columns for matrix in opened.found)
+    if len(tokens.ids) < widest:
+        out.note(
+            f"{len(tokens.ids)} tokens of calibration cannot show all {widest} inputs of a matrix, and what "
+            "they do not show is taken to cost nothing; take a longer text"
+        )
     return opened.fitted, tokens, request.context or min(USUAL_CONTEXT, positions(opened.fitted))

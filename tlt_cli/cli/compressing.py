@@ -27,6 +27,7 @@ from tlt_cli.cli.factor_request import DENSE, Request
 from tlt_cli.cli.factoring import (
     Opened,
     chosen_ranks,
+    counted_as,
     decomposed,
     eval_text,
     factor_command,
@@ -261,6 +262,6 @@ def _changes(opened: Opened, made: Compressed, plan: Plan, before: int) -> list[
     factored = sum(part.rank is not None for part in made.pieces.parts.values())
     return [
         ("matrices", str(len(opened.found)), f"{factored} factored"),
-        ("their parameters", f"{before:,}", f"{parameters:,} ({parameters / before:.1%})"),
+        (counted_as(plan), f"{before:,}", f"{parameters:,} ({parameters / before:.1%})"),
         ("parameters", f"{count:,}", f"{plan.parameters:,} ({plan.parameters / count:.1%})"),
     ]

@@ -240,6 +240,8 @@ def _plan(
     }  # fmt: skip
     stay = [slot for slot, rank in ranks.by_slot.items() if rank is None]
     notes = [f"{len(stay)} of {len(ranks.by_slot)} matrices stay dense: {_some(stay)}"] if stay else []
+    if request.keep is not None and ranks.keep > request.keep:
+        notes.append(f"--keep {request.keep:g} is less than the smallest rank takes: {ranks.keep:.1%} is kept")
     if request.format == DENSE:
         return multiplied_plan(
             opened.tensors, opened.checkpoint.config, by_matrix, made.factors, details=details, notes=notes
@@ -299,9 +301,14 @@ def _changes(opened: Opened, ranks: Ranks, plan: Plan) -> list[tuple[str, str, s
     count = sum(math.prod(info.shape) for info in opened.tensors.values())
     return [
         ("matrices", str(len(ranks.by_slot)), f"{len(ranks.factored)} factored"),
-        ("their parameters", f"{ranks.before:,}", f"{ranks.parameters:,} ({ranks.keep:.1%})"),
+        (counted_as(plan), f"{ranks.before:,}", f"{ranks.parameters:,} ({ranks.keep:.1%})"),
         ("parameters", f"{count:,}", f"{plan.parameters:,} ({plan.parameters / count:.1%})"),
     ]
+
+
+def counted_as(plan: Plan) -> str:
+    """What the table calls the matrices' parameters: a dense file holds more than the factors that it was made of."""
+    return "their parameters, as factors" if plan.details["format"] == DENSE else "their parameters"
 
 
 def _checked(

@@ -81,7 +81,10 @@ TokenCount = Annotated[int | None, _option(_LENGTH, "--tokens", "Tokens to read 
 Batch = Annotated[int | None, _option(_LENGTH, "--batch-size", "Windows per step, over all processes.", min=1)]
 BatchTokens = Annotated[int | None, _option(_LENGTH, "--batch-tokens", "Tokens per step instead.", min=1)]
 MicroBatch = Annotated[
-    int | None, _option(_LENGTH, "--micro-batch", "Windows at a time, where memory is short. Same result.", min=1)
+    int | None,
+    _option(
+        _LENGTH, "--micro-batch", "Windows at a time, where memory is short. Same result but for a tree, nearly.", min=1
+    ),
 ]
 Context = Annotated[int | None, _option(_LENGTH, "--context", "Tokens per window.", min=1)]
 
@@ -94,7 +97,10 @@ WarmUp = Annotated[
     int | None, _option(_HOW, "--warm-up", "Steps of rising rate. Default: a tenth, at most 200.", min=0)
 ]
 Decay = Annotated[int | None, _option(_HOW, "--decay", "Steps of falling rate at wsd's end. Default: a fifth.", min=0)]
-WeightDecay = Annotated[float, _option(_HOW, "--weight-decay", "Of matrices, decoupled.", "X")]
+WeightDecay = Annotated[
+    float | None,
+    _option(_HOW, "--weight-decay", "Of matrices, decoupled. Default: 0.1; 0 for LoRA and its trees.", "X"),
+]
 Clip = Annotated[float, _option(_HOW, "--clip", "Largest norm of the gradient; 0: any.", "X")]
 
 Only = Annotated[
@@ -184,7 +190,7 @@ def train(
     schedule: Schedule = "wsd",
     warm_up: WarmUp = None,
     decay: Decay = None,
-    weight_decay: WeightDecay = 0.1,
+    weight_decay: WeightDecay = None,
     clip: Clip = 1.0,
     only: Only = None,
     distill: Distill = None,

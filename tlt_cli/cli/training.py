@@ -102,6 +102,7 @@ class _Training:
             some = self.texts.windows.batch(0, _AIMED_AT).to(decoder.device)
             documents = None if some.documents is None else some.documents[:, :-1]
             aim(self.subject.adapter, decoder, some.rows[:, :-1], documents)
+            replicate(trained.values(), world)
         if run.adapter is not None and first:  # where nothing but writing is left, no step does it
             run.adapter.advance(first - 1, self.recipe.steps)
         evaluation, seconds = self._steps(run, first, self._cost(counted, learned_from))
@@ -156,7 +157,9 @@ class _Training:
         """What is minimized, and the model that is learned from, if any."""
         if self.request.distill is None:
             return next_token, None
-        model = teacher(self.request, self.subject, device=self.world.device, out=self.out)
+        model = teacher(
+            self.request, self.subject, context=self.texts.context, device=self.world.device, out=self.out
+        )  # fmt: skip
         return distillation(model, share=self.request.distill_share), model
 
     def _after(self) -> Callable[[int, float], Mapping[str, float]] | None:

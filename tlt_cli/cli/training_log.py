@@ -98,7 +98,7 @@ def journal(
 ) -> Iterator[Journal]:
     """The journal of a run that starts at step `first`. Raises TltError where the log cannot be written."""
     path = log_path(output)
-    curves = _boards(boards) if boards is not None and leads else None
+    curves = check_curves()(str(boards)) if boards is not None and leads else None
     if leads:
         begun = path.with_name(f".{path.name}.partial")  # a kill while the log is cut loses none of it
         try:
@@ -128,12 +128,13 @@ def _before(path: Path, first: int, steps: int) -> list[str]:
     return kept
 
 
-def _boards(folder: Path) -> Any:
+def check_curves() -> Any:
+    """What writes curves. Raises TltError where its package is not there."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise TltError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter
 
 
 def _memory() -> int:

@@ -13,6 +13,7 @@ from tlt_cli.errors import UsageError
 from tlt_cli.training.recipe import Recipe
 
 _ADAPTER_RATE, _RATE = 1e-2, 1e-3  # adapters bear about ten times a full fine-tuning's rate
+_ADAPTER_DECAY, _DECAY = 0.0, 0.1
 _EVALUATIONS = 10
 PRECISIONS = ("auto", "float32")
 # what changes neither weights nor what is learned from them, so is no part of the recorded command
@@ -55,7 +56,7 @@ class Request:
     schedule: str = "wsd"
     warm_up: int | None = None
     decay: int | None = None
-    weight_decay: float = 0.1
+    weight_decay: float | None = None
     clip: float = 1.0
     only: Sequence[str] = ()
     distill: str | None = None
@@ -119,6 +120,8 @@ class Request:
                 "--leaf-devices: all leaves are computed as one pair of matrix products on the model's device, which "
                 "is what makes a tree about as fast as one LoRA; drop the option"
             )
+        if self.optimizer == "muon" and self.adapts:
+            raise UsageError("--optimizer muon is for the matrices of a model's blocks; adapters are trained by adamw")
         if self.regularizer is not None and self.adapts:
             raise UsageError("--regularizer shapes the model's own matrices, which stand still beside an adapter")
         if self.precision not in PRECISIONS:
@@ -158,10 +161,11 @@ class Request:
             assert self.epochs is not None
             steps = max(1, round(self.epochs * windows / batch))
         rate = (_ADAPTER_RATE if self.adapts else _RATE) if self.lr is None else self.lr
+        decay = (_ADAPTER_DECAY if self.adapts else _DECAY) if self.weight_decay is None else self.weight_decay
         return Recipe(
             steps=steps, learning_rate=rate, batch=batch,
             context=context, optimizer=self.optimizer, schedule=self.schedule, warm_up=self.warm_up, decay=self.decay,
-            weight_decay=0.0 if self.adapts else self.weight_decay, clip=self.clip, seed=self.seed,
+            weight_decay=decay, clip=self.clip, seed=self.seed,
         )  # fmt: skip
 
     def every(self, given: int | None, steps: int) -> int:

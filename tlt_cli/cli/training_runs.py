@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from tlt_cli.checkpoint.shards import is_single_file
 from tlt_cli.checkpoint.writer import check_target
 from tlt_cli.cli.console import Output, Table
 from tlt_cli.cli.execute import Outcome, shard_size
+from tlt_cli.cli.training_log import check_curves
 from tlt_cli.cli.training_request import Request
-from tlt_cli.cli.training_start import Subject
+from tlt_cli.cli.training_start import Subject, read_texts
 from tlt_cli.errors import UsageError
 from tlt_cli.training.state import latest, read_extra
 
@@ -22,10 +24,12 @@ def check_run(request: Request, subject: Subject, output: Path, states: Path, ou
         raise UsageError(f"-o {output}: an adapter is a folder of several files; give a name without a suffix")
     if request.max_shard_size is not None:
         shard_size(request.max_shard_size)
-    done = request.resume and not request.force and not states.exists() and _command_of(output)
-    if done and done == request.command(subject.name):
+    if request.tensorboard is not None:
+        check_curves()
+    if request.resume and not request.force and not states.exists() and _is_of(output, request, subject):
         out.note(f"{output} is there, and no state of an unfinished run: nothing is left to do")
-        return Outcome({"operation": "train", "path": str(output), "finished": True}, Table(("", "value"), []))
+        report = {"operation": "train", "path": str(output), "finished": True}
+        return Outcome(report, Table(("", "value"), [("steps left", 0)]))
     force = request.force or (request.resume and states.exists() and latest(states) is not None and _done(states))
     check_target(output, subject.values, force=force)
     if latest(states) is not None and not (request.resume or request.force or request.dry_run):
@@ -35,11 +39,16 @@ def check_run(request: Request, subject: Subject, output: Path, states: Path, ou
     return None
 
 
-def _command_of(output: Path) -> str | None:
-    """The command that made a finished output, as its weights tell; None where there is none."""
-    for path in (output,) if output.is_file() else sorted(output.glob("*.safetensors")):
-        return str((open_file(path, str(path)).lineage or {}).get("command"))
-    return None
+def _is_of(output: Path, request: Request, subject: Subject) -> bool:
+    """Whether an output is what this command makes of this model and these texts, as its weights tell."""
+    path = next(iter((output,) if output.is_file() else sorted(output.glob("*.safetensors"))), None)
+    lineage = None if path is None else open_file(path, str(path)).lineage
+    if lineage is None or lineage.get("command") != request.command(subject.name):
+        return False
+    if [parent["sha256"] for parent in lineage["parents"]] != ([] if subject.digest is None else [subject.digest]):
+        return False
+    texts = read_texts(request, subject, out=Output(quiet=True))
+    return bool(lineage["details"]["data"] == json.loads(json.dumps(texts.info)))
 
 
 def _done(states: Path) -> bool:

@@ -78,6 +78,12 @@ def start(request: Request, *, device: torch.device, out: Output) -> Subject:
         return _from_nothing(request, device)
     assert request.source is not None
     checkpoint, fitted = opened(request.source, out=out, family=request.family, axes=request.axes)
+    coded = [name for name, info in checkpoint.tensors.items() if info.dtype == "I8"]
+    if coded and not (request.adapts or request.only):
+        raise TltError(
+            f"{request.source}: {coded[0]} and others are 8-bit integers, which no gradient moves; fold them first, "
+            "`tlt fold`, or train what stands beside them: --lora 8, or --only"
+        )
     decoder = load_checkpoint(checkpoint, fitted, device=device)
     tokenizer = tokenizer_for(checkpoint, fitted.sizes["vocab"], request.tokenizer)
     if request.lora is not None:
@@ -126,8 +132,8 @@ def _chosen_tokenizer(request: Request) -> tuple[Tokenizer, dict[str, Path | byt
     return Tokenizer(tokenizer.name, size, tokenizer.engine), files
 
 
-def teacher(request: Request, subject: Subject, *, device: torch.device, out: Output) -> Decoder:
-    """The model to learn from. Raises TltError where its vocabulary is another."""
+def teacher(request: Request, subject: Subject, *, context: int, device: torch.device, out: Output) -> Decoder:
+    """The model to learn from. Raises TltError where its tokens are others, or windows are too long for it."""
     assert request.distill is not None
     checkpoint, fitted = opened(request.distill, out=out)
     if fitted.sizes["vocab"] != subject.fitted.sizes["vocab"]:
@@ -135,7 +141,15 @@ def teacher(request: Request, subject: Subject, *, device: torch.device, out: Ou
             f"--distill {request.distill}: a vocabulary of {fitted.sizes['vocab']}, but the model that learns has "
             f"{subject.fitted.sizes['vocab']}; both must read the same tokens"
         )
+    own, other = subject.tokenizer.engine, load_tokenizer(checkpoint.companions, fitted.sizes["vocab"]).engine
+    if own is not None and other is not None and own.get_vocab() != other.get_vocab():
+        raise TltError(
+            f"--distill {request.distill}: its tokenizer has other tokens than {subject.tokenizer.name}; both models "
+            "must read the same ones"
+        )
     decoder = load_checkpoint(checkpoint, fitted, device=device)
+    if decoder.longest is not None and context > decoder.longest:
+        raise UsageError(f"--context {context} is more than the {decoder.longest} positions of {request.distill}")
     return decoder.requires_grad_(False)
 
 

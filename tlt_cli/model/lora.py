@@ -6,7 +6,7 @@ Modules that read the same input keep their A in one stack, so that query, key a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,7 @@ def updates(
     """What every module gets, by its name: the modules that `targets` mean, all linears of blocks without any.
 
     `ranks` and `alphas` are exceptions: the first glob that means a module decides; the rank 0 leaves it alone. An
-    alpha that is not given is twice the module's rank, so that the scale does not depend on it. Raises TltError for
+    alpha that is not given is twice the module's rank, so that a scale of alpha / r does not depend on it. Raises TltError for
     globs that mean no module, ranks below 0 or of a whole matrix, and where nothing is left.
     """
     chosen = choose(sites(decoder), targets)
@@ -163,7 +163,7 @@ class Lora(nn.Module):
     def advance(self, step: int, steps: int) -> None:
         """Nothing changes with the step."""
 
-    def penalty(self, step: int, steps: int) -> Tensor | None:
+    def penalty(self, step: int, steps: int, mean: Callable[[Tensor], Tensor]) -> Tensor | None:
         """No loss of its own."""
         return None
 

@@ -8,7 +8,7 @@ nodes on one way down count, each in full.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -173,20 +173,21 @@ class Tree(nn.Module):
         ]:
             matrix[:, stride // 2 :: stride] = matrix[:, ::stride]
 
-    def penalty(self, step: int, steps: int) -> Tensor | None:
+    def penalty(
+        self, step: int, steps: int, mean: Callable[[Tensor], Tensor] = lambda of_rows: of_rows
+    ) -> Tensor | None:
         """What routing costs in the last pass, in nats: undecided tokens, and leaves that take too much or too little.
 
         harden * E[H(leaf)] / log L + balance * (1 - H(E[leaf]) / log L), the mean over routers. E runs over the tokens
-        of this pass: with gradient accumulation over those of a micro-batch.
+        of this pass, of which `mean` makes those of all processes: with gradient accumulation those of a micro-batch.
         """
         chances, self._chances = self._chances, []
         if not chances or self.level == 0:
             return None
         harden, balance = self.schedule.weights(step, steps)
-        costs = [
-            harden * entropy(log).mean() + balance * (1 - spread(log.exp().flatten(0, -2).mean(0))) for log in chances
-        ]
-        return torch.stack(costs).mean()
+        undecided = torch.stack([entropy(log).mean() for log in chances])
+        taken = mean(torch.stack([log.exp().flatten(0, -2).mean(0) for log in chances]))
+        return (harden * undecided + balance * (1 - spread(taken))).mean()
 
     # --- what is going on --------------------------------------------------------------------------------------
 

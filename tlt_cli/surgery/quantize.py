@@ -7,6 +7,7 @@ rounded itself; the best pair of all is kept. What is approached is b @ a in the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +34,11 @@ class Codes:
 
 
 def rounded(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Codes:
-    """Round to nearest, [m, n]; the largest number of every row becomes 127 of its scales, which are in `dtype`."""
-    wide = matrix.double()
-    scale = (wide.abs().amax(dim=1) / LARGEST).to(dtype)
+    """Round to nearest, [m, n]; the largest number of every row becomes 127 of its scale, which is in `dtype`, or less
+    where that is so small that few numbers are left to choose a scale from."""
+    wide, kind = matrix.double(), torch.finfo(dtype)
+    exact, step = wide.abs().amax(dim=1) / LARGEST, kind.smallest_normal * kind.eps
+    scale = torch.where(exact < kind.smallest_normal, (exact / step).ceil() * step, exact).to(dtype)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     codes = (wide / scale.double()[:, None]).round().clamp(-LARGEST, LARGEST)
     return Codes(codes.to(torch.int8), scale)
@@ -58,7 +61,8 @@ def quantized(
     if not pivoted:  # the scales of a's rows serve b's columns as well
         length = b.square().mean(0).sqrt()
         length = torch.where(length > 0, length, torch.ones_like(length))
-        a, b = a * length[:, None], b / length
+        even = _even(a * length[:, None], b / length)
+        a, b = a * (length * even)[:, None], b / (length * even)
     metric = None if inputs is None else inputs.double()
     gram = _times(a, metric) @ a.T
     right, left = rounded(a, dtype), rounded(b, dtype)
@@ -76,6 +80,13 @@ def read_factor(values: Tensors, slot: str, kind: str, bits: int | None) -> Tens
     """A stored factor of a slot in float64, from its codes where it has some. `kind` is "lowrank_a" or "lowrank_b"."""
     stored = values.read(f"{slot}.{kind}.weight")
     return stored.double() if bits is None else Codes(stored, values.read(f"{slot}.{kind}.scale")).values()
+
+
+def _even(a: Tensor, b: Tensor) -> float:
+    """A power of two, which changes no code, by which a grows and b shrinks to about one size: the scales of small
+    matrices then fit into float16."""
+    sizes = float(a.abs().max()), float(b.abs().max())
+    return 2.0 ** round(0.5 * math.log2(sizes[1] / sizes[0])) if min(sizes) > 0 else 1.0
 
 
 def _left_for(a: Tensor, b: Tensor, right: Tensor, metric: Tensor | None) -> Tensor:

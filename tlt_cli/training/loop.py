@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +25,17 @@ from tlt_cli.training.objective import Objective, next_token, scored
 from tlt_cli.training.optimizers import optimizers, set_rate
 from tlt_cli.training.recipe import Recipe
 from tlt_cli.training.windows import Batch, Windows
-from tlt_cli.training.world import ALONE, World, average, clip, loss_share, portion, summed, synchronize
+from tlt_cli.training.world import (
+    ALONE,
+    World,
+    average,
+    clip,
+    loss_share,
+    mean_of_rows,
+    portion,
+    summed,
+    synchronize,
+)
 
 
 class Trainable(Protocol):
@@ -33,8 +44,9 @@ class Trainable(Protocol):
     def advance(self, step: int, steps: int) -> None:
         """Called before a step's first pass: what changes in the course of training, a function of the step alone."""
 
-    def penalty(self, step: int, steps: int) -> Tensor | None:
-        """What the last forward adds to the mean loss; None: nothing."""
+    def penalty(self, step: int, steps: int, mean: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """What the last forward adds to the mean loss; None: nothing. `mean` makes the mean over a pass's rows one over
+        the rows of all processes: of all values at once, and of as many on each."""
 
 
 class Reads(Protocol):
@@ -82,7 +94,8 @@ class Done:
 def take_step(run: Run, step: int) -> Done:
     """One step of the optimizer, on the windows that belong to it: the same ones however many processes share them.
 
-    Raises TltError where the loss is not finite, before any weight has moved, and where memory does not suffice.
+    Raises TltError where the loss or its gradient is not finite, before any weight has moved, and where memory does
+    not suffice.
     """
     world, recipe = run.world, run.recipe
     mine = portion(recipe.batch, world)
@@ -91,15 +104,19 @@ def take_step(run: Run, step: int) -> Done:
     if not count:
         raise TltError(f"no token of step {step} is to be predicted: every document is one token long; give more text")
     set_rate(run.optimizers, recipe.rate(step))
-    micro = max(1, min(run.micro or len(mine), len(mine)))
-    pieces = [batch[first : first + micro] for first in range(0, len(mine), micro)]
+    most = -(-recipe.batch // world.size)  # rows of the ranks that have one more: all go through as many pieces
+    micro = max(1, min(run.micro or most, most))
+    pieces = [batch[first : first + micro] for first in range(0, most, micro)]
     nll = torch.zeros((), device=run.decoder.device)
     if run.adapter is not None:
         run.adapter.advance(step, recipe.steps)
     try:
         for piece in pieces:
             synchronize(run.decoder, last=piece is pieces[-1])
-            nll += _backward(run, piece.to(run.decoder.device), count, step)
+            if len(piece.rows):
+                nll += _backward(run, piece.to(run.decoder.device), count, step)
+            else:  # others have a row left, and weights that are split are gathered by all: one again, for nothing
+                _backward(run, pieces[0][:1].to(run.decoder.device), count, step, idle=True)
     except (RuntimeError, MemoryError) as error:
         raise _memory(error, micro, recipe) from error
     if not run.sharded:
@@ -108,6 +125,8 @@ def take_step(run: Run, step: int) -> Done:
     if not math.isfinite(loss):
         raise TltError(f"the loss is {loss} at step {step}; train at a lower rate than {recipe.learning_rate:g}")
     norm = float(clip(run.trained.values(), recipe.clip or math.inf))
+    if not math.isfinite(norm):
+        raise TltError(f"the gradient is {norm} at step {step}; train at a lower rate than {recipe.learning_rate:g}")
     try:
         for optimizer in run.optimizers:
             optimizer.step()
@@ -118,14 +137,15 @@ def take_step(run: Run, step: int) -> Done:
     return Done(step, loss, norm, recipe.rate(step), recipe.tokens, numbers)
 
 
-def _backward(run: Run, piece: Batch, count: float, step: int) -> Tensor:
-    device = run.decoder.device.type
+def _backward(run: Run, piece: Batch, count: float, step: int, *, idle: bool = False) -> Tensor:
+    device, rows = run.decoder.device.type, 0 if idle else len(piece.rows)
+    mean = partial(mean_of_rows, rows=rows, world=run.world)
     with contextlib.nullcontext() if run.autocast is None else torch.autocast(device, run.autocast):
         loss = run.objective(run.decoder, piece)
-        total = loss_share(loss.total, count, run.world)
-        penalty = None if run.adapter is None else run.adapter.penalty(step, run.recipe.steps)
+        total = loss_share(loss.total, math.inf if idle else count, run.world)
+        penalty = None if run.adapter is None else run.adapter.penalty(step, run.recipe.steps, mean)
         if penalty is not None:  # a mean over rows, as the loss is one over tokens
-            total = total + penalty * (len(piece.rows) * run.world.size / run.recipe.batch)
+            total = total + penalty * (rows * run.world.size / run.recipe.batch)
     torch.autograd.backward(total)
     return loss.nll
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tlt_cli.errors import TltError
+from tlt_cli.errors import TltError, UsageError
 from tlt_cli.training.recipe import Recipe
 
 Trained = Mapping[str, nn.Parameter]
@@ -20,7 +20,7 @@ def optimizers(trained: Trained, recipe: Recipe, *, blocks: Collection[str] = ()
 
     AdamW (arXiv:1711.05101) decays matrices only, at one rate for all. Muon (Jordan et al. 2024) orthogonalizes the
     momentum of each matrix, scaled so that its steps are of AdamW's size (arXiv:2502.16982), so one rate serves both.
-    A fused matrix is one matrix to it. Raises TltError where torch has no Muon.
+    A fused matrix is one matrix to it. Raises TltError where torch has no Muon, UsageError where it has no matrix.
     """
     inside = blocks if recipe.optimizer == "muon" else ()
     muon = [name for name, parameter in trained.items() if name in inside and parameter.dim() == 2]
@@ -29,6 +29,8 @@ def optimizers(trained: Trained, recipe: Recipe, *, blocks: Collection[str] = ()
         {"params": [p for p in rest.values() if p.dim() > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in rest.values() if p.dim() <= 1], "weight_decay": 0.0},
     ]
+    if recipe.optimizer == "muon" and not muon:
+        raise UsageError("--optimizer muon is for the matrices of a model's blocks, and none is trained; take adamw")
     found: list[torch.optim.Optimizer] = []
     groups = [group for group in groups if group["params"]]
     if groups:

@@ -143,6 +143,21 @@ def loss_share(loss: Tensor, targets: float, world: World) -> Tensor:
     return loss * (world.size / targets)
 
 
+def mean_of_rows(value: Tensor, rows: int, world: World) -> Tensor:
+    """The mean over the rows of all ranks of what is a mean over this rank's `rows`; every rank must call this.
+
+    Its gradient is that of the rank's own mean: what stands behind it is to be weighed by the rank's share of the rows,
+    and summed over ranks.
+    """
+    if world.size == 1:
+        return value
+    own = value.detach().double().flatten()
+    together = torch.cat([own * rows, own.new_full((1,), rows)])
+    distributed.all_reduce(together)
+    whole_mean = (together[:-1] / together[-1]).view_as(value).to(value.dtype)
+    return value + (whole_mean - value.detach())
+
+
 def synchronize(decoder: nn.Module, last: bool) -> None:
     """Before each backward of a step: whether it is the last, after which a sharded model sums gradients over ranks."""
     if distributed.is_initialized():

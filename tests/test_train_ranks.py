@@ -1,0 +1,57 @@
+"""The command under `torchrun`: two ranks and one process take the same steps, however the windows are shared."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from family_zoo import make_checkpoint
+from test_ranks import RANKS, free_port
+from test_world import SPLITS
+
+STEPS, BOUND = 4, 3e-6  # nats
+CASES = {
+    # three windows for one rank and two for the other, one at a time: the one that is done waits in step
+    "all": ("--micro-batch", "1"),
+    # the balance of leaves is that of all windows of a step, not the mean of each rank's own
+    "tree": ("--lora-tree", "2", "--rank", "2", "--route", "token", "--lr", "0.03"),
+}
+
+
+def losses(folder: Path, name: str, *arguments: str, ranks: int = 1) -> list[float]:
+    """The loss of every step of `tlt train`."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-addr",
+              "127.0.0.1", "--master-port", str(free_port())] if ranks > 1 else [sys.executable]  # fmt: skip
+    command = [*launch, "-m", "tlt_cli", "train", "model", "--data", "text.txt", "--steps", str(STEPS), "--context",
+               "32", "--batch-size", "5", "--save-every", "0", "-q", "-o", name, *arguments]  # fmt: skip
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0 and done.stdout == f"{name}\n", done.stderr
+    entries = [json.loads(line) for line in (folder / f"{name}.log.jsonl").read_text().splitlines()]
+    found = [entry["loss"] for entry in entries if "loss" in entry]
+    assert len(found) == STEPS
+    return found
+
+
+def apart(one: list[float], other: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_take_the_steps_of_one_process(tmp_path: Path, case: str) -> None:
+    if case == "all" and not SPLITS:
+        pytest.skip("this torch does not split weights over CPU processes")
+    make_checkpoint(tmp_path / "model", "llama", vocab_size=256, num_hidden_layers=2)
+    (tmp_path / "text.txt").write_text(" ".join(str(number * number) for number in range(1000)))
+    one = losses(tmp_path, "one", *CASES[case])
+    two = losses(tmp_path, "two", *CASES[case], ranks=RANKS)
+    print(f"{case}: {apart(one, two):.1e}")
+    assert apart(one, two) <= BOUND
+    if case == "tree":  # the mean of balances of parts of a step is another one
+        assert apart(one, losses(tmp_path, "parts", *CASES[case], "--micro-batch", "3")) > 10 * BOUND
