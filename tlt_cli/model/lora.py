@@ -45,8 +45,8 @@ def updates(
     """What every module gets, by its name: the modules that `targets` mean, all linears of blocks without any.
 
     `ranks` and `alphas` are exceptions: the first glob that means a module decides; the rank 0 leaves it alone. An
-    alpha that is not given is twice the module's rank, so that a scale of alpha / r does not depend on it. Raises TltError for
-    globs that mean no module, ranks below 0 or of a whole matrix, and where nothing is left.
+    alpha that is not given is twice the module's rank, so that a scale of alpha / r does not depend on it. Raises
+    TltError for globs that mean no module, ranks below 0 or of a whole matrix, and where nothing is left.
     """
     chosen = choose(sites(decoder), targets)
     for pattern in (*ranks, *alphas):
