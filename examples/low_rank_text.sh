@@ -14,7 +14,7 @@ text=$(realpath "${1:-/dev/null}")
 steps=${2:-10}
 seeds=("${@:3}")
 [ ${#seeds[@]} -gt 0 ] || seeds=(0)
-forms=(none decay participation nuclear)  # "decay" is weight decay of nuclear's strength: what is it worth beyond that?
+forms=(none decay concentration participation nuclear nuclear3)  # "decay" is weight decay of nuclear's strength: what is it worth beyond that?
 [ $# -gt 0 ] || forms=(none nuclear)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -34,8 +34,10 @@ for seed in "${seeds[@]}"; do
     case $form in
       none) how=() ;;
       decay) how=(--weight-decay 1.1) ;;  # 0.1 is what all others have
+      concentration) how=(--regularizer concentration --strength 1 --regularize-every 4) ;;
       participation) how=(--regularizer participation --strength 0.3 --target-rank 8 --regularize-every 4) ;;
       nuclear) how=(--regularizer nuclear --strength 1 --regularize-every 4) ;;
+      nuclear3) how=(--regularizer nuclear --strength 3 --regularize-every 4) ;;
     esac
     tlt train --init llama:dim=64,layers=2,heads=4,kv_heads=2,ffn=192 --data train.txt --held-out 0 --context 128 \
       --steps "$steps" --batch-size 8 --lr 3e-3 --schedule linear --seed "$seed" "${how[@]}" \

@@ -29,14 +29,13 @@ from tlt_cli.cli.factoring import (
     chosen_ranks,
     counted_as,
     decomposed,
-    eval_text,
     factor_command,
-    judge,
     measured,
     typed,
     with_seconds,
 )
 from tlt_cli.cli.growing import table_files
+from tlt_cli.cli.judging import eval_text, judge
 from tlt_cli.errors import TltError, UsageError
 from tlt_cli.families import Fit, fit
 from tlt_cli.model.compare import compare

@@ -20,15 +20,13 @@ from tlt_cli.cli.console import Output
 from tlt_cli.cli.execute import Outcome, Writing, carry_out, derived_output, retyped
 from tlt_cli.cli.factor_request import DENSE, LOWRANK, Request
 from tlt_cli.cli.growing import table_files
-from tlt_cli.cli.measuring import USUAL_CONTEXT, positions, windows_at_once
-from tlt_cli.cli.opening import load_decoder, opened_if_known, parse_dtype, tokenizer_for
+from tlt_cli.cli.judging import eval_text, judge
+from tlt_cli.cli.opening import opened_if_known, parse_dtype
 from tlt_cli.errors import TltError, UsageError
-from tlt_cli.families import Fit, fit
+from tlt_cli.families import Fit
 from tlt_cli.families.factors import LEFT, RIGHT, read_lowrank, refuse_factored
-from tlt_cli.model.decoder import Decoder
 from tlt_cli.model.modeling import AUTO_MAP, MODELING, modeling_source
-from tlt_cli.model.perplexity import perplexity
-from tlt_cli.model.text import Tokens, load_tokens
+from tlt_cli.model.text import Tokens
 from tlt_cli.surgery.factor import (
     UNIFORM,
     Ranks,
@@ -138,25 +136,6 @@ def factor_checkpoint(source: str, request: Request, *, plot: Path | None = None
     made = decomposed(opened, request, out=out)
     ranks = chosen_ranks(opened, request, made, out=out)
     return write_ranks(opened, request, ranks, made, output=output, kind=kind, out=out, begun=begun)
-
-
-def eval_text(opened: Opened, request: Request, *, out: Output) -> Tokens | None:
-    """The text to judge by, where one is wanted; it takes a family, for a model must run."""
-    if not request.eval and request.max_perplexity is None:
-        return None
-    if opened.fitted is None:
-        raise TltError(f"{opened.checkpoint.source}: no family fits, so nothing can run it; --eval needs one")
-    tokenizer = tokenizer_for(opened.checkpoint, opened.fitted.sizes["vocab"], request.tokenizer)
-    tokens = load_tokens(tokenizer, request.eval)
-    for note in tokens.notes:
-        out.note(note)
-    return tokens
-
-
-def read_with(decoder: Decoder, fitted: Fit, text: Tokens, request: Request) -> dict[str, Any]:
-    """{perplexity, nll, tokens} of the text."""
-    context = request.context or min(USUAL_CONTEXT, positions(fitted))
-    return perplexity(decoder, text.ids, context, windows_at_once(fitted, context))
 
 
 def write_ranks(
@@ -322,22 +301,6 @@ def _checked(
     """What is known of the output before it takes its name. TltError where it is not as it should be."""
     found = _verified(opened, request, by_matrix, made, staged) if request.verify else {}
     return found | judge(opened, request, text, staged)
-
-
-def judge(opened: Opened, request: Request, text: Tokens | None, staged: Checkpoint) -> dict[str, Any]:
-    """How well the output reads the text; nothing without one. TltError beyond the request's bound."""
-    found: dict[str, Any] = {}
-    if text is not None:
-        assert opened.fitted is not None
-        written = fit({name: info.shape for name, info in staged.tensors.items()}, staged.config, family=request.family)
-        read = read_with(load_decoder(staged, written, device=request.device), opened.fitted, text, request)
-        found |= {**read, "corpus": text.info["source"], "corpus_sha256": text.info["sha256"]}
-        if request.max_perplexity is not None and read["perplexity"] > request.max_perplexity:
-            raise TltError(
-                f"the perplexity is {read['perplexity']:.6g}, and --max-perplexity allows {request.max_perplexity:g}; "
-                "nothing was written"
-            )
-    return found
 
 
 def _verified(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -173,10 +173,7 @@ def fold_checkpoint(
                 fitted, plan, checkpoint, sample_tokens(fitted, seed=seed), written=open_checkpoint(staged)
             )
             check(plan, found)
-            report = {"relative": found.computed.relative, "bound": found.bound, **asdict(found.computed)}
-            if found.written is not None:
-                report["written"] = {"relative": found.written.relative, **asdict(found.written)}
-            return report
+            return found.report()
 
         words = ["tlt", "fold", source_name(checkpoint), *(["--dtype", kind.lower()] if kind else [])]
         words += ["--family", Path(family).name] if family else []

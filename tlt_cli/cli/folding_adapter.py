@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,10 +83,7 @@ def fold_adapter(
             ids, written = sample_tokens(fitted, seed=seed), open_checkpoint(staged)
             found = verify(fitted, plan, checkpoint, ids, written=written, adapted=loaded)
             check(plan, found)
-            report = {"relative": found.computed.relative, "bound": found.bound, **asdict(found.computed)}
-            if found.written is not None:
-                report["written"] = {"relative": found.written.relative, **asdict(found.written)}
-            return report
+            return found.report()
 
         command = ["tlt", "fold", name, *words, *(["--base", Path(base).name] if base else [])]
         command += ["--dtype", kind.lower()] if kind else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from fractions import Fraction
 from math import prod
 from pathlib import Path
@@ -153,10 +153,7 @@ def _tokens(checkpoint: Checkpoint, fitted: Fit, data: Sequence[Path] | None, to
 def _verified(fitted: Fit, plan: Plan, checkpoint: Checkpoint, ids: Any, staged: Checkpoint) -> dict[str, Any]:
     found = verify(fitted, plan, checkpoint, ids, written=staged)
     check(plan, found)
-    report = {"relative": found.computed.relative, "bound": found.bound, **asdict(found.computed)}
-    if found.written is not None:
-        report["written"] = {"relative": found.written.relative, **asdict(found.written)}
-    return report
+    return found.report()
 
 
 def _with_moments(plan: Plan, growth: Growth, state: Path) -> tuple[Plan, dict[str, bytes]]:

@@ -11,7 +11,8 @@ from tlt_cli.checkpoint.writer import check_target
 from tlt_cli.cli.console import Cell, Output, Table
 from tlt_cli.cli.execute import Outcome
 from tlt_cli.cli.factor_request import Request
-from tlt_cli.cli.factoring import Opened, decompose_all, decomposed, eval_text, opened_matrices, read_with, write_ranks
+from tlt_cli.cli.factoring import Opened, decompose_all, decomposed, opened_matrices, write_ranks
+from tlt_cli.cli.judging import eval_text, read_with
 from tlt_cli.cli.opening import load_decoder, parse_dtype
 from tlt_cli.cli.plotting import check_plot, drawn, save_plot
 from tlt_cli.errors import TltError, UsageError

@@ -24,6 +24,7 @@ from tlt_cli.cli.training_runs import check_run, forget
 from tlt_cli.cli.training_start import Subject, Texts, read_texts, start, stream_info, teacher
 from tlt_cli.errors import TltError, UsageError, nearest
 from tlt_cli.model.decoder import Decoder
+from tlt_cli.model.sites import block_prefixes
 from tlt_cli.model.tree import Tree
 from tlt_cli.model.tree_start import aim
 from tlt_cli.training.ahead import Ahead
@@ -82,7 +83,7 @@ class _Training:
         if self.recipe.batch < world.size:
             raise UsageError(f"--batch-size {self.recipe.batch} is less than the {world.size} processes that share it")
         trained, sharded = self._trained()
-        inside = {name for name in trained if any(name.startswith(room) for room in self._rooms())}
+        inside = {name for name in trained if name.startswith(tuple(block_prefixes(decoder)))}
         counted = {name: parameter.numel() for name, parameter in trained.items()}
         report = self._report(counted)
         if self.request.dry_run:
@@ -143,11 +144,6 @@ class _Training:
     def _windows(self) -> Windows | Ahead:
         """The windows to train on; where an accelerator is busy, the next ones are prepared meanwhile."""
         return Ahead(self.texts.windows) if self.world.device.type == "cuda" else self.texts.windows
-
-    def _rooms(self) -> list[str]:
-        """What the names of parameters inside of blocks begin with."""
-        rooms = {id(room) for room in self.subject.decoder.rooms.values()}
-        return [f"{name}." for name, module in self.subject.decoder.named_modules() if id(module) in rooms]
 
     def _precision(self) -> torch.dtype | None:
         """The dtype of matrix products where it is not the weights' own: bfloat16 on accelerators."""

@@ -30,7 +30,7 @@ def check_run(request: Request, subject: Subject, output: Path, states: Path, ou
         out.note(f"{output} is there, and no state of an unfinished run: nothing is left to do")
         report = {"operation": "train", "path": str(output), "finished": True}
         return Outcome(report, Table(("", "value"), [("steps left", 0)]))
-    force = request.force or (request.resume and states.exists() and latest(states) is not None and _done(states))
+    force = request.force or (request.resume and _done(states))
     check_target(output, subject.values, force=force)
     if latest(states) is not None and not (request.resume or request.force or request.dry_run):
         raise UsageError(

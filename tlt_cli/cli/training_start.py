@@ -19,7 +19,7 @@ from tlt_cli.errors import TltError, UsageError
 from tlt_cli.families import Fit
 from tlt_cli.model.decoder import Decoder
 from tlt_cli.model.lora import Lora, updates
-from tlt_cli.model.text import BYTES, Tokenizer, load_tokenizer, read_tokenizer
+from tlt_cli.model.text import BYTES, EVERY_BYTE, NO_TEXT, Tokenizer, load_tokenizer, read_tokenizer
 from tlt_cli.model.tree import Tree
 from tlt_cli.model.tree_shape import Shape
 from tlt_cli.model.weights import load_checkpoint
@@ -157,9 +157,9 @@ def read_texts(request: Request, subject: Subject, *, out: Output) -> Texts:
     """The request's data as windows, with what is held out. Raises TltError for text that cannot be used."""
     tokenizer = subject.tokenizer
     if tokenizer.engine is None:
-        out.note("no tokenizer beside the checkpoint: every byte is a token")
+        out.note(EVERY_BYTE)
     if not request.data:
-        out.note("no text given: using the one that every Python carries (pydoc_data.topics)")
+        out.note(NO_TEXT)
     end = _end(subject)
     with out.progress("reading the text") as progress:
         streams = read_streams(
@@ -176,9 +176,9 @@ def read_texts(request: Request, subject: Subject, *, out: Output) -> Texts:
     weights = request.weights
     windows = Windows(trained, context, request.seed, None if weights is None else tuple(weights))
     most = max(1, request.eval_tokens // (context * max(1, len(held))))
-    batch = request.batch_size or max(1, (request.batch_tokens or 0) // context) if (
-        request.batch_size or request.batch_tokens
-    ) else _BATCH  # fmt: skip
+    batch = request.batch_size or _BATCH
+    if request.batch_tokens is not None:
+        batch = max(1, request.batch_tokens // context)
     info = {
         "streams": [stream_info(stream) for stream in streams], "tokenizer": Path(tokenizer.name).name,
         "context": context,

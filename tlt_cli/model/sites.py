@@ -47,6 +47,12 @@ def sites(decoder: Decoder) -> list[Site]:
     return found
 
 
+def block_prefixes(decoder: Decoder) -> dict[str, int]:
+    """What the names of a block's parameters begin with, and its layer."""
+    rooms = {id(room): layer for layer, room in decoder.rooms.items()}
+    return {f"{name}.": rooms[id(module)] for name, module in decoder.named_modules() if id(module) in rooms}
+
+
 def reading_alike(chosen: Iterable[Site]) -> list[list[Site]]:
     """The same sites, those together that read the same input: query, key and value of a layer; gate and up."""
     groups: dict[tuple[int, int], list[Site]] = {}

@@ -14,6 +14,8 @@ from tlt_cli.errors import TltError
 
 BYTES = 256
 BUILT_IN = "pydoc_data.topics"
+EVERY_BYTE = "no tokenizer beside the checkpoint: every byte is a token"
+NO_TEXT = f"no text given: using the one that every Python carries ({BUILT_IN})"
 _UNFINISHED = "\ufffd"  # what bytes that are not yet a character decode to
 _SEEN = 16  # tokens before the first new one that its spelling may depend on
 
@@ -33,12 +35,17 @@ class Tokenizer:
                 torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long() if text else torch.zeros(0).long()
             )
         ids = torch.tensor(self.engine.encode(text, add_special_tokens=False).ids, dtype=torch.long)
-        if len(ids) and int(ids.max()) >= self.vocab:
+        if len(ids):
+            self.check(int(ids.max()))
+        return ids
+
+    def check(self, largest: int) -> None:
+        """TltError where an id lies beyond the vocabulary."""
+        if largest >= self.vocab:
             raise TltError(
-                f"the tokenizer disagrees with the vocabulary: id {int(ids.max())}, vocabulary {self.vocab}; "
+                f"the tokenizer disagrees with the vocabulary: id {largest}, vocabulary {self.vocab}; "
                 f"is {self.name} the one this checkpoint was trained with?"
             )
-        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids; bytes that are no UTF-8 become replacement characters."""
@@ -108,13 +115,13 @@ def load_tokens(tokenizer: Tokenizer, paths: Sequence[str | Path] | None = None)
 
     `notes` say what the user should know: which text was taken, that tokens are bytes.
     """
-    notes = [] if tokenizer.engine is not None else ["no tokenizer beside the checkpoint: every byte is a token"]
+    notes = [] if tokenizer.engine is not None else [EVERY_BYTE]
     if paths:
         source = ", ".join(str(path) for path in paths)
         text = "".join(read_text(Path(path)) for path in paths)
     else:
         source, text = BUILT_IN, built_in_text()
-        notes.append(f"no text given: using the one that every Python carries ({BUILT_IN})")
+        notes.append(NO_TEXT)
     if not text:
         raise TltError(f"{source} is empty: there is nothing to read")
     ids = tokenizer.encode(text)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,13 @@ class Verification:
     def holds(self) -> bool:
         """Whether the plan computes what the source computes."""
         return self.computed.relative <= self.bound
+
+    def report(self) -> dict[str, Any]:
+        """As JSON has it: the plan's distance and its bound, and the file's where there is one."""
+        found: dict[str, Any] = {"relative": self.computed.relative, "bound": self.bound, **asdict(self.computed)}
+        if self.written is not None:
+            found["written"] = {"relative": self.written.relative, **asdict(self.written)}
+        return found
 
 
 def sample_tokens(fitted: Fit, text: Tensor | None = None, *, seed: int = 0) -> Tensor:

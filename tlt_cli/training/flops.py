@@ -8,6 +8,7 @@ from collections.abc import Collection
 import torch
 
 from tlt_cli.model.decoder import Decoder
+from tlt_cli.model.sites import block_prefixes
 
 # dense bfloat16 operations per second that the makers state, by a word of the device's name
 _STATED = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "T4": 65e12}
@@ -49,8 +50,7 @@ def _looked_up(decoder: Decoder) -> set[str]:
 
 def _layers(decoder: Decoder) -> dict[str, int]:
     """The layer that every parameter belongs to; -1 in front of them, their number behind them."""
-    data, rooms = decoder.description, {id(room): layer for layer, room in decoder.rooms.items()}
-    inside = {f"{name}.": rooms[id(module)] for name, module in decoder.named_modules() if id(module) in rooms}
+    data, inside = decoder.description, block_prefixes(decoder)
     head = {f"{data['roles']['embedding']['name']}.weight"} if data["tied"] else set()
     front = _looked_up(decoder) - head
     return {

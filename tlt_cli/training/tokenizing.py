@@ -181,11 +181,8 @@ def _encoded(
         batch, tokenizer.engine.encode_batch([piece.text for piece in batch], add_special_tokens=False), strict=True
     ):
         ids = np.array(encoding.ids, dtype=dtype)
-        if len(ids) and int(ids.max()) >= tokenizer.vocab:
-            raise TltError(
-                f"the tokenizer disagrees with the vocabulary: id {int(ids.max())}, vocabulary {tokenizer.vocab}; "
-                f"is {tokenizer.name} the one this checkpoint was trained with?"
-            )
+        if len(ids):
+            tokenizer.check(int(ids.max()))
         whole = piece.last and not piece.goes_on
         places = nowhere if whole else np.array([start for start, _ in encoding.offsets], dtype=np.int64)
         yield ids, np.maximum.accumulate(places)
