@@ -45,7 +45,7 @@ def concatenated_head_dim(patch: Patch) -> None:
 
 
 def theta_kept(patch: Patch) -> None:
-    patch.setattr(rotary, "_with_power", lambda fit, config, power: config)
+    patch.setattr(rotary, "with_power", lambda fit, config, power: config)
 
 
 def temperature_kept(patch: Patch) -> None:

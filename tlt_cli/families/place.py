@@ -98,6 +98,12 @@ def place(
     return places, buffers
 
 
+def renamed(spot: Place, layer: int) -> str:
+    """The tensor's name with another layer number."""
+    tail = spot.pattern.partition("{layer}")[2]
+    return f"{spot.name.removesuffix(f'{spot.layer}{tail}')}{layer}{tail}"
+
+
 def stored(places: Mapping[str, Place], role: str) -> bool:
     """Whether any tensor plays the role."""
     return any(role in spot.roles for spot in places.values())

@@ -17,9 +17,11 @@ from tlt_cli.checkpoint.planned import PlannedTensor, Tensors
 from tlt_cli.errors import TltError, UsageError
 from tlt_cli.families import Fit, Place
 from tlt_cli.families.factors import refuse_factored
+from tlt_cli.families.layers import move_patterns
+from tlt_cli.families.place import renamed
 from tlt_cli.model.describe import describe, embedding_scale, softmax_scales
 from tlt_cli.surgery.arrows import METHODS, AxisMaps, axis_maps, sides
-from tlt_cli.surgery.depth import DEPTHS, Layers, layers, move_patterns
+from tlt_cli.surgery.depth import DEPTHS, Layers, layers
 from tlt_cli.surgery.plan import Plan
 from tlt_cli.surgery.rotary import resize_rotation
 from tlt_cli.surgery.spectrum import DenseMap
@@ -108,7 +110,7 @@ def prepare(
     plan = layers(old["layer"], new["layer"], recipe.depth)
     config = targets.config
     if new["layer"] != old["layer"]:
-        config = move_patterns(fit, config, plan)
+        config = move_patterns(fit, config, plan.source)
     if "rotary" in new:
         config = resize_rotation(fit, config, new["rotary"])
     axes = axis_maps(fit, new, method=recipe.method, split=recipe.split, seed=recipe.seed)
@@ -171,7 +173,7 @@ def grown_places(growth: Growth) -> Iterable[tuple[str, Place, int | None]]:
             continue
         for layer, source in enumerate(growth.layers.source):
             if source == place.layer:
-                yield _renamed(place, layer), place, layer
+                yield renamed(place, layer), place, layer
 
 
 def widening(growth: Growth, name: str, place: Place, layer: int | None, *, double: bool = False) -> Widening:
@@ -293,13 +295,7 @@ def _rotated_norm(growth: Growth, name: str, place: Place, new_shape: tuple[int,
     return PlannedTensor(name, new_shape, dtype, place.name, compute, 8 * new_shape[0])
 
 
-# --- names and what to say -------------------------------------------------------------------------------
-
-
-def _renamed(place: Place, layer: int) -> str:
-    """The tensor's name with another layer number."""
-    tail = place.pattern.partition("{layer}")[2]
-    return f"{place.name.removesuffix(f'{place.layer}{tail}')}{layer}{tail}"
+# --- what to say ------------------------------------------------------------------------------------------
 
 
 def _notes(growth: Growth) -> list[str]:

@@ -6,7 +6,6 @@ is pair m*i at the same theta. In any other head of h' entries it is pair i once
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from tlt_cli.errors import TltError
 from tlt_cli.families import Fit
+from tlt_cli.families.rotation import with_power
 from tlt_cli.model.describe import describe
 
 
@@ -46,23 +46,4 @@ def resize_rotation(fit: Fit, config: dict[str, Any], new: int) -> dict[str, Any
             )
     if new % old == 0:
         return config
-    return _with_power(fit, copy.deepcopy(config), new / old)
-
-
-def _with_power(fit: Fit, config: dict[str, Any], power: float) -> dict[str, Any]:
-    """Raise every rotary base that config.json states, or that the table gives by default, to this power."""
-    local = fit.family.rules.get("sliding_rope_theta")
-    keys = ["rope_theta"] if local is None else ["rope_theta", local]
-    stated = False
-    for name in ("rope_parameters", "rope_scaling"):
-        given = config.get(name)
-        if not isinstance(given, dict):
-            continue
-        for part in (given, *(value for value in given.values() if isinstance(value, dict))):
-            if "rope_theta" in part:
-                part["rope_theta"] = float(part["rope_theta"]) ** power
-                stated = True
-    for key in keys:
-        if key in config or not stated:
-            config[key] = float(fit.setting(key) or fit.family.defaults[key]) ** power
-    return config
+    return with_power(fit, config, new / old)
