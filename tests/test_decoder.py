@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from family_zoo import ZOO, make_checkpoint, some_ids, stock_logits
 
 from tlt_cli.checkpoint.reader import Checkpoint, open_checkpoint
@@ -201,6 +202,30 @@ def test_names_are_the_files_and_all_of_them_learn(tmp_path: Path, family: str, 
     decoder(some_ids()).square().mean().backward()
     for name, parameter in decoder.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen gains"])
+def test_the_gradients_are_stocks(tmp_path: Path, family: str, frozen: bool) -> None:
+    """Of every weight that is trained, those behind a norm and before it; negative control: another epsilon."""
+    folder, ids = make_checkpoint(tmp_path, family), some_ids()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    decoder, other = (decoder_of(folder, dtype=torch.float64) for _ in range(2))
+    other.description["epsilon"] = 1e-2
+    found = []
+    for each in (model, decoder, other):
+        for name, parameter in each.named_parameters():
+            parameter.requires_grad_(not (frozen and "norm" in name))
+        logits = each(ids)
+        torch.autograd.backward(getattr(logits, "logits", logits).square().mean())
+        found.append({name: p.grad for name, p in each.named_parameters() if p.grad is not None})
+    stock, ours, wrong = found
+    assert stock.keys() == ours.keys()
+
+    def apart(one: dict[str, torch.Tensor]) -> float:
+        return max(float((one[name] - value).abs().max() / value.abs().max()) for name, value in stock.items())
+
+    assert apart(ours) < 1e-5 and apart(wrong) > 1e-3  # stock norms are in float32 whatever the weights are
 
 
 def test_stray_names(tmp_path: Path) -> None:

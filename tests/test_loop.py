@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,29 @@ def test_the_loss_of_a_step_is_that_of_its_tokens() -> None:
     done = take_step(run, 0)
     assert done.loss == pytest.approx(float(wanted), rel=1e-6) and abs(done.loss - float(across)) > 1e-3
     assert (done.step, done.tokens, done.rate) == (0, 96, recipe.rate(0))
+
+
+def test_what_an_objective_counts_is_a_mean_per_token() -> None:
+    """Over all micro-batches, however many tokens each has, and beside what is done behind the step."""
+    teacher, decoder = some_decoder(1, loud=5.0).double(), some_decoder(loud=5.0).double()
+    batch = Windows((documents(UNEVEN),), 16).batch(0, 6)
+    with torch.no_grad():
+        wanted = float(distillation(teacher)(decoder, batch).total) / scored(batch)
+
+    def logged(micro: int | None, how: Objective) -> dict[str, float]:
+        decoder = some_decoder(loud=5.0).double()
+        run = run_of(decoder, documents(UNEVEN), Recipe(steps=1, batch=6, context=16), objective=how, micro=micro)
+        return dict(take_step(replace(run, after=lambda step, rate: {"rate": rate}), 0).numbers)
+
+    def of_means(decoder: Decoder, batch: Batch) -> Loss:
+        found = distillation(teacher)(decoder, batch)
+        return replace(found, numbers={"kl": found.numbers["kl"] / max(1, scored(batch)) * 6 / len(batch.rows)})
+
+    for micro in (None, 1, 4):
+        found = logged(micro, distillation(teacher))
+        assert found.keys() == {"kl", "rate"} and found["kl"] == pytest.approx(wanted, rel=1e-6)
+    assert logged(1, of_means)["kl"] != pytest.approx(logged(None, of_means)["kl"], rel=1e-2)
+    assert logged(None, next_token).keys() == {"rate"}
 
 
 def test_clipping() -> None:

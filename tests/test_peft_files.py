@@ -68,6 +68,38 @@ def test_ours_loads_peft(tmp_path: Path, family: str) -> None:
         assert far(loaded_logits(base, tmp_path / "adapter", ids), expected) > 1e-3
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_is_loaded_has_pefts_gradients(tmp_path: Path, family: str) -> None:
+    """So training goes on as PEFT would. Negative control: a scale without the root of rsLoRA."""
+    base, ids = make_checkpoint(tmp_path / "base", family), some_ids()
+    model = peft_around(base, r=5, lora_alpha=7, use_rslora=True)
+    model.save_pretrained(tmp_path / "adapter")
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    torch.autograd.backward(loss(model(ids).logits))
+    wanted = {name: parameter.grad for name, parameter in model.named_parameters() if "lora_" in name}
+
+    def farthest() -> float:
+        decoder = decoder_of(base)
+        lora = open_peft(tmp_path / "adapter", "").load(decoder, opened(base).fitted.family.prefix, dtype=torch.float64)
+        decoder.adapter = lora
+        torch.autograd.backward(loss(decoder(ids)))
+        for parameter in lora.parameters():
+            assert parameter.grad is not None
+            parameter.data.copy_(parameter.grad)
+        return max(
+            far(value, wanted[f"base_model.model.{site.module}.lora_{side}.default.weight"])
+            for site, _, *both in lora.matrices()
+            for side, value in zip("AB", both, strict=True)
+        )
+
+    assert farthest() < BOUND
+    config(use_rslora=False)(tmp_path / "adapter")
+    assert farthest() > WRONG
+
+
 @torch.no_grad()
 def test_a_base_without_the_prefix(tmp_path: Path) -> None:
     """GPT-2's own files lack "transformer.": PEFT's names have it, tlt's modules do not."""

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from adapting import decoder_of, peft_around, write_lora
 from family_zoo import make_checkpoint
+from growing import opened
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Engine
@@ -25,7 +27,14 @@ from typer.testing import CliRunner
 from tlt_cli.checkpoint.reader import open_checkpoint
 from tlt_cli.cli import app, training
 from tlt_cli.cli.console import run
+from tlt_cli.model.peft_read import open_peft
 from tlt_cli.model.perplexity import windows
+from tlt_cli.model.text import Tokenizer
+from tlt_cli.model.tree import Tree
+from tlt_cli.model.tree_files import open_tree, write_tree
+from tlt_cli.model.tree_shape import Shape
+from tlt_cli.training.corpus import read_streams
+from tlt_cli.training.windows import Windows, targets
 
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 SHAPE = ("--context", "32", "--batch-size", "4")
@@ -42,13 +51,24 @@ def words(count: int, seed: int) -> str:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model of bytes, another one, and text to train and to evaluate on."""
+    """A folder with a model of bytes, another one, adapters of the first, and text to train and to evaluate on."""
     folder = tmp_path_factory.mktemp("models")
     make_checkpoint(folder / "model", "llama", vocab_size=256, num_hidden_layers=2)
     make_checkpoint(folder / "other", "llama", seed=1, vocab_size=256, num_hidden_layers=2)
+    write_lora(folder, folder / "model", "adapter", torch.float32, rank=3, ranks={"q_proj": 2}, alphas={"up_proj": 5})
+    write_some_tree(folder / "tree", folder / "model")
     (folder / "text.txt").write_text(words(2000, 0))
     (folder / "held.txt").write_text(words(200, 1))
     return folder
+
+
+def write_some_tree(output: Path, base: Path) -> None:
+    """A tree whose leaves differ, beside `base`."""
+    tree, generator = Tree(decoder_of(base, torch.float32), Shape(depth=2, rank=2)), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for value in tree.b.values():
+            value.copy_(0.05 * torch.randn(value.shape, generator=generator))
+    write_tree(tree, output, base=opened(base).checkpoint, command="tlt train base --lora-tree 2")
 
 
 @pytest.fixture(autouse=True)
@@ -173,6 +193,22 @@ def test_a_model_from_nothing_takes_its_tokenizer_along(here: Path) -> None:
     assert evaluated("out", here / "held.txt") == pytest.approx(losses("out")[-1], abs=0.5) and losses("out")[0] < 2.5
 
 
+@pytest.mark.parametrize("spelled", ["ten", {"content": "ten", "lstrip": False}, "eleven", None])
+def test_a_model_from_nothing_knows_where_a_text_ends(here: Path, spelled: Any) -> None:
+    """Where the tokenizer's own files say which token that is, and it has that token."""
+    Path("words").mkdir()
+    engine = Engine(models.WordLevel({word: number for number, word in enumerate(("?", *WORDS))}, unk_token="?"))
+    engine.pre_tokenizer = pre_tokenizers.Whitespace()
+    engine.save("words/tokenizer.json")
+    Path("words/tokenizer_config.json").write_text(json.dumps({"eos_token": spelled}))
+    for given in ("words", "words/tokenizer.json"):
+        train("--init", "llama:dim=32,layers=1", "--tokenizer", given, "--data", here / "text.txt", "--steps", "1",
+              *SHAPE, "-o", "out", "--force")  # fmt: skip
+        config = json.loads(Path("out/config.json").read_text())
+        assert config["eos_token_id"] == (10 if spelled and "eleven" not in spelled else None)
+        assert content(Path("out"))["tokenizer_config.json"] == Path("words/tokenizer_config.json").read_bytes()
+
+
 def test_the_same_command_writes_the_same_bytes(here: Path) -> None:
     for output, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         train("--init", "llama:dim=32,layers=1", "--data", here / "text.txt", "--steps", "4", *SHAPE, "--seed", seed,
@@ -211,6 +247,92 @@ def test_a_lora_is_one_of_peft(here: Path, more: tuple[str, ...]) -> None:
     assert content(here / "model") == before
 
 
+def test_a_lora_is_trained_on(here: Path) -> None:
+    """From the loss that it has, as PEFT would with the same optimizer, and what comes out is the same kind of LoRA.
+
+    A folder of PEFT's own, with ranks and alphas of their own. Negative control: an adapter that begins anew."""
+    peft_around(
+        here / "model", r=3, lora_alpha=5, use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 9},
+        target_modules=["q_proj", "v_proj", "up_proj", "down_proj"],
+    ).float().save_pretrained("begun")  # fmt: skip
+    before, data = content(Path("begun")), ("--data", here / "text.txt", *SHAPE, "--steps", "4", "--seed", "1")
+    how = ("--warm-up", "0", "--decay", "0", "--clip", "0", "--lr", "3e-3", "--eval-data", here / "held.txt")
+    base = ("--base", str(here / "model"))
+    train("begun", *base, *data, *how, "-o", "out")
+    train(here / "model", *data, *how, "--lora", "3", "--rslora", "--alpha", "5", "-o", "anew")
+    assert losses("out")[0] == pytest.approx(evaluated("begun", here / "held.txt", *base), abs=1e-6)
+    assert losses("out")[-1] == pytest.approx(evaluated("out", here / "held.txt", *base), abs=1e-6)
+    assert abs(losses("anew")[0] - losses("out")[0]) > 1e-2
+
+    peft = PeftModel.from_pretrained(stock(here / "model"), "begun", is_trainable=True)
+    trained = [parameter for parameter in peft.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    text = Windows(tuple(read_streams([here / "text.txt"], Tokenizer("bytes", 256))), 32, seed=1)
+    for step, entry in enumerate(entry for entry in log("out") if "loss" in entry):
+        batch = text.batch(4 * step, 4)
+        assert batch.documents is None, "a document ends here, which stock models do not see"
+        logits = peft(batch.rows[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets(batch).flatten())
+        assert entry["loss"] == pytest.approx(float(loss.detach()), abs=2e-5), step
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    one, other = (open_peft(Path(name), name) for name in ("begun", "out"))
+    assert (one.modules, one.alphas, one.rslora) == (other.modules, other.alphas, other.rslora)
+    assert len(set(one.modules.values())) == len(set(one.alphas.values())) == 2 and content(Path("begun")) == before
+    again = PeftModel.from_pretrained(stock(here / "model"), "out")
+    assert stock_loss(again, here / "held.txt", 32) == pytest.approx(losses("out")[-1], abs=1e-4)
+    lineage = open_checkpoint(Path("out", "adapter_model.safetensors")).lineage
+    assert lineage is not None and lineage["command"].startswith("tlt train begun --data text.txt")
+    assert " --base model " in lineage["command"] and str(here) not in lineage["command"]
+    assert [parent["source"] for parent in lineage["parents"]] == ["model", "begun"]
+    assert len({parent["sha256"] for parent in lineage["parents"]}) == 2
+
+
+def test_what_an_adapter_was_made_of_is_kept(here: Path) -> None:
+    """Trained on twice, the base is the first one's, and all that was done is in the record; --base is asked for where
+    the base has moved, and checked."""
+    data = ("--data", here / "text.txt", "--steps", "1", *SHAPE)
+    train(here / "adapter", *data, "-o", "once")
+    train("once", *data, "-o", "twice")
+    lineage = open_checkpoint(Path("twice", "adapter_model.safetensors")).lineage
+    assert lineage is not None and [step["command"].split()[2] for step in lineage["history"]] == ["base", "adapter"]
+    assert lineage["parents"][0]["sha256"] == open_checkpoint(here / "model").digest()
+    assert train("twice", *data, "--dry-run")["path"] == "twice-trained"
+    refused(1, "was made for a base with the sha256", "once", *data, "--base", here / "other")
+    refused(1, "input", "once", *data, "-o", "once", "--force")
+    for adapter in ("adapter", "tree"):
+        refused(2, "--only chooses", here / adapter, *data, "--only", "*")
+        refused(2, "--optimizer muon", here / adapter, *data, "--optimizer", "muon")
+        refused(2, "--regularizer shapes", here / adapter, *data, "--regularizer", "nuclear")
+        refused(2, "--lora begins an adapter, and", here / adapter, *data, "--lora", "2")
+        refused(2, "--lora-tree begins an adapter, and", here / adapter, *data, "--lora-tree", "2")
+        refused(2, "an adapter is a folder", here / adapter, *data, "-o", "out.safetensors")
+
+
+def test_a_tree_is_trained_on_as_it_is_served(here: Path) -> None:
+    """From its hard loss, routers and all; the shape stays. Negative control: soft it is another model."""
+    report = train(
+        here / "tree",
+        "--data",
+        here / "text.txt",
+        "--eval-data",
+        here / "held.txt",
+        "--steps",
+        "20",
+        *SHAPE,
+        "-o",
+        "out",
+    )
+    first = evaluated(here / "tree", here / "held.txt")
+    assert losses("out")[0] == pytest.approx(first, abs=1e-6)
+    assert abs(next(e["evaluation"] for e in log("out"))["soft_loss"] - first) > 1e-3
+    assert report["evaluation"]["loss"] == pytest.approx(evaluated("out", here / "held.txt"), abs=1e-6)
+    assert report["evaluation"]["loss"] < first - 0.1
+    assert open_tree(Path("out"), "out").shape == open_tree(here / "tree", "tree").shape
+
+
 def test_distillation_heals(here: Path) -> None:
     """A pupil comes closer to its teacher than the text alone brings it, on a text that neither knows."""
     noise = np.random.default_rng(0).integers(256, size=4000).astype("<u2")
@@ -218,12 +340,16 @@ def test_distillation_heals(here: Path) -> None:
     data = ("--data", "noise.bin", "--steps", "20", *SHAPE, "--lr", "1e-2")
     train(here / "other", *data, "--distill", here / "model", "-o", "taught")
     train(here / "other", *data, "-o", "alone")
-    rows = torch.from_numpy(noise[-320:].astype("int64")).view(10, 32)
+    told = [entry for entry in log("taught") if "loss" in entry]
+    assert 0 < told[-1]["kl"] < 0.9 * told[0]["kl"] and not any("kl" in entry for entry in log("alone"))
+    rows = torch.from_numpy(noise[-200:-8].astype("int64")).view(6, 32)  # what was held out
     with torch.no_grad():
         teacher, taught, alone = (stock(path)(rows).logits.log_softmax(-1) for path in
                                   (here / "model", Path("taught"), Path("alone")))  # fmt: skip
-    far, near = (float((teacher.exp() * (teacher - pupil)).sum(-1).mean()) for pupil in (alone, taught))
+    far, near = (float((teacher.exp() * (teacher - pupil)).sum(-1)[:, :-1].mean()) for pupil in (alone, taught))
     assert near < far
+    found = log("taught")[-1]["evaluation"]
+    assert found["kl"] == pytest.approx(near, rel=1e-3) and found["loss"] > 2 * near
 
 
 def test_a_regularizer_lowers_the_rank(here: Path) -> None:
@@ -319,6 +445,7 @@ USAGE: dict[str, tuple[str, ...]] = {
     "--epochs 0": ("{model}", "--epochs", "0"),
     "--regularizer shapes": ("{model}", "--steps", "1", "--lora", "2", "--regularizer", "nuclear"),
     "unknown": ("{model}", "--steps", "1", "--regularizer", "nucular"),
+    "--dtype and --max-shard-size are of": ("{model}", "--steps", "1", "--lora", "2", "--dtype", "bfloat16"),
     "--max-shard-size": ("{model}", "--steps", "1", "--max-shard-size", "lots"),
     "--init lama": ("--init", "lama:dim=32", "--steps", "1"),
     "a vocabulary of 100, but the tokenizer has 256": ("--init", "llama:dim=32,vocab=100", "--steps", "1"),
@@ -327,6 +454,8 @@ USAGE: dict[str, tuple[str, ...]] = {
     "--rank": ("{model}", "--steps", "1", "--lora", "2", "--rank", "4"),
     "--axis": ("--init", "llama:dim=32", "--steps", "1", "--axis", "kv=2"),
     "--target-rank": ("{model}", "--steps", "1", "--target-rank", "8"),
+    "no matrix has a rank above 32": ("{model}", "--steps", "1", "--regularizer", "nuclear", "--target-rank", "5000"),
+    "--target-rank 32: no matrix": ("{model}", "--steps", "1", "--regularizer", "nuclear", "--target-rank", "32"),
     "--eval-tokens": ("{model}", "--steps", "1", "--eval-tokens", "0"),
 }  # fmt: skip
 
@@ -362,6 +491,23 @@ def test_a_teacher_that_cannot_be(here: Path, tmp_path: Path) -> None:
     told = ("--data", text, "--steps", "1", *SHAPE, "--distill")
     refused(1, "its tokenizer has other tokens", tmp_path / "forth", *told, tmp_path / "back")
     train(tmp_path / "forth", *told, tmp_path / "forth", "-o", "same")
+
+
+def test_a_rank_that_no_matrix_has(here: Path) -> None:
+    """Of a LoRA, of a tree; the same one is not refused where the matrices are larger."""
+    data = (here / "model", "--data", here / "text.txt", "--steps", "1", *SHAPE)
+    refused(1, "LoRA of rank 33 for", *data, "--lora", "33")
+    refused(1, "--rank 33: a tree of LoRAs of that rank beside", *data, "--lora-tree", "1", "--rank", "33")
+    train(*data, "--regularizer", "nuclear", "--target-rank", "31", "--dry-run")
+
+
+def test_a_context_beyond_what_the_model_was_made_for(here: Path) -> None:
+    """Rotary positions go on, but that is said: once, and only there."""
+    data = ("train", here / "model", "--data", here / "text.txt", "--steps", "1", "--batch-size", "1", "--dry-run")
+    made = json.loads((here / "model/config.json").read_text())["max_position_embeddings"]
+    for context, told in ((made, 0), (made + 1, 1)):
+        found = tlt(*data, "--context", str(context))
+        assert found.exit_code == 0 and found.stderr.count(f"more than the {made} positions") == told
 
 
 def test_a_context_that_the_model_does_not_have(here: Path, tmp_path: Path) -> None:
@@ -480,7 +626,9 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "some": ("{model}", "--only", "*.mlp.*"),
     "from nothing": ("--init", "gpt2:dim=32,layers=1,heads=2"),
     "lora": ("{model}", "--lora", "2"),
+    "lora trained on": ("{adapter}",),
     "tree": ("{model}", "--lora-tree", "2", "--rank", "2"),
+    "tree trained on": ("{tree}",),
     "tree of tokens": ("{model}", "--lora-tree", "2", "--rank", "2", "--route", "token", "--tree-nodes", "leaf"),
     "regularized": ("{model}", "--regularizer", "concentration", "--regularize-every", "3"),
     "distilled": ("{model}", "--distill", "{other}", "--distill-share", "0.5"),
@@ -492,7 +640,7 @@ def test_what_is_resumed_ends_in_the_same_bytes(here: Path, interrupted: Callabl
     """From a state in the middle of an epoch, with streams of several documents; twice, and with other cadences."""
     if subject == "muon" and not hasattr(torch.optim, "Muon"):
         pytest.skip("this torch has no Muon")
-    named = {"{model}": str(here / "model"), "{other}": str(here / "other")}
+    named = {f"{{{name}}}": str(here / name) for name in ("model", "other", "adapter", "tree")}
     arguments = (
         *(named.get(word, word) for word in SUBJECTS[subject]), "--data", here / "text.txt",
         "--data", here / "held.txt", "--separator", "ten ", "--steps", "12", *SHAPE,
@@ -542,6 +690,12 @@ def test_another_recipe_does_not_go_on(here: Path, interrupted: Callable[..., No
     )
     refused(1, "model", here / "other", *arguments[1:], "--steps", "8")
     refused(1, "steps 8", *arguments, "--steps", "8", "--lora", "2")
+    refused(1, "steps 8", here / "adapter", *arguments[1:], "--steps", "8")
+    Path("elsewhere").mkdir()
+    make_checkpoint(Path("elsewhere/other"), "llama", seed=5, vocab_size=256, num_hidden_layers=2)
+    taught = (*arguments[:-3], "-o", "taught", "--steps", "8", "--distill")
+    interrupted(3, *taught, here / "other")
+    refused(1, "teacher", *taught, "elsewhere/other", "--resume")
     refused(2, "unfinished run", *arguments[:-1], "--steps", "8")  # neither --resume nor --force
     report = train(*arguments, "--steps", "8", "--eval-every", "1", "--save-every", "3")
     assert report["resumed_at"] == 2  # how often it is looked at is no part of the recipe

@@ -16,14 +16,18 @@ from test_world import SPLITS
 STEPS, BOUND = 4, 3e-6  # nats
 CASES = {
     # three windows for one rank and two for the other, one at a time: the one that is done waits in step
-    "all": ("--micro-batch", "1"),
+    # and so it is where what is held out makes three pieces, of which one rank gets two
+    "all": ("--micro-batch", "1", "--held-out", "0.1"),
     # the balance of leaves is that of all windows of a step, not the mean of each rank's own
     "tree": ("--lora-tree", "2", "--rank", "2", "--route", "token", "--lr", "0.03"),
+    # a block has its rows, whichever rank reads them
+    "fractal": ("--fractal", "3", "--split", "2", "--micro-batch", "1"),
+    "taught": ("--distill", "model", "--lora", "2", "--held-out", "0.1"),
 }
 
 
 def losses(folder: Path, name: str, *arguments: str, ranks: int = 1) -> list[float]:
-    """The loss of every step of `tlt train`."""
+    """The loss of every step of `tlt train`, and all numbers of its first evaluation."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-addr",
               "127.0.0.1", "--master-port", str(free_port())] if ranks > 1 else [sys.executable]  # fmt: skip
     command = [*launch, "-m", "tlt_cli", "train", "model", "--data", "text.txt", "--steps", str(STEPS), "--context",
@@ -36,6 +40,9 @@ def losses(folder: Path, name: str, *arguments: str, ranks: int = 1) -> list[flo
     entries = [json.loads(line) for line in (folder / f"{name}.log.jsonl").read_text().splitlines()]
     found = [entry["loss"] for entry in entries if "loss" in entry]
     assert len(found) == STEPS
+    for name, value in next(entry["evaluation"] for entry in entries if "evaluation" in entry).items():
+        values = value if isinstance(value, list) else [value]
+        found += [model["loss"] for model in values] if name == "models" else values
     return found
 
 

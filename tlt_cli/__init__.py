@@ -30,24 +30,29 @@ def load(
     device: str = "auto",
     stream: bool = False,
     base: str | None = None,
+    level: int | None = None,
+    block: str | None = None,
     quiet: bool = False,
 ) -> Decoder:
     """A checkpoint as a torch module: ids [B, T] in, logits [B, T, V] out.
 
     `source` is a .safetensors file, a folder, a repository of the hub, or an adapter's folder, which is run beside its
     base: the one that it names, or `base`. `axes` gives what shapes cannot tell, such as {"kv": 4}. Parameters have the
-    names of the file. With `stream` nothing is held in memory and nothing can be trained. Notes go to stderr, unless
-    `quiet`. Raises TltError for whatever cannot be read.
+    names of the file. With `stream` nothing is held in memory and nothing can be trained. `level` and `block`, such as
+    "2/4", name a part of the model to run in its place. Notes go to stderr, unless `quiet`. Raises TltError for
+    whatever cannot be read.
     """
     from tlt_cli.cli.console import Output
-    from tlt_cli.cli.opening import load_decoder, opened_with_adapter
+    from tlt_cli.cli.opening import load_decoder, opened_with_adapter, part_of, run_part
 
     found = opened_with_adapter(
         fspath(source), out=Output(quiet=quiet), base=base, family=family, axes=_typed(axes)
     )  # fmt: skip
-    return load_decoder(
+    found = part_of(found, level, block)
+    decoder = load_decoder(
         found.checkpoint, found.fit, adapter=found.adapter, device=device, dtype=dtype, stream=stream
     )  # fmt: skip
+    return run_part(decoder, found)
 
 
 def grow(
@@ -107,6 +112,62 @@ def grow(
     return outcome.report
 
 
+def slice(
+    source: str | PathLike[str],
+    output: str | PathLike[str],
+    *,
+    dim: int | None = None,
+    ffn: int | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    layers: int | None = None,
+    vocab: int | None = None,
+    size: str | None = None,
+    level: int | None = None,
+    block: str | None = None,
+    norm: str | None = None,
+    order: str = "prefix",
+    calibration: Sequence[str | PathLike[str]] | None = None,
+    refit: bool = False,
+    context: int | None = None,
+    data: Sequence[str | PathLike[str]] | None = None,
+    tokenizer: str | None = None,
+    family: str | None = None,
+    axes: Mapping[str, int] | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    max_shard_size: str | None = None,
+    jobs: int | None = None,
+    verify: bool = True,
+    seed: int = 0,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Cut a smaller model out of a larger one: `tlt slice`, and what it prints with --json as a dict.
+
+    Sizes are those of the part; `size` is a budget ("1/4" of the parameters, or "160000"), `level` and `block` ("2/4")
+    name a part whole. The dict has, among others, path, from, to, norm, rules, parameters, bytes, notes, and
+    verification: max_logit, relative (in deviations of the logits), bound, kl (nats per token), and with `data` lost,
+    how far the part is from the whole. Raises TltError, with nothing written, for what cannot be kept exactly.
+    """
+    from tlt_cli.cli.console import Output
+    from tlt_cli.cli.slice_request import Request
+    from tlt_cli.cli.slicing import slice_checkpoint
+    from tlt_cli.surgery.targets import Sizes
+
+    sizes = Sizes(
+        dim=dim, ffn=ffn, heads=heads, kv_heads=kv_heads, head_dim=head_dim, layers=layers, vocab=vocab
+    )  # fmt: skip
+    request = Request(
+        sizes=sizes, size=size, level=level, block=block, norm=norm, order=order, calibration=_paths(calibration),
+        refit=refit, context=context, data=_paths(data), tokenizer=tokenizer, family=family, axes=_typed(axes),
+        output=Path(output), force=force, dry_run=dry_run, max_shard_size=max_shard_size, verify=verify, jobs=jobs,
+        seed=seed, dtype=dtype,
+    )  # fmt: skip
+    return slice_checkpoint(fspath(source), request, out=Output(quiet=quiet)).report
+
+
 def factor(
     source: str | PathLike[str],
     output: str | PathLike[str],
@@ -157,6 +218,39 @@ def factor(
         device=device, dtype=dtype,
     )  # fmt: skip
     return factor_checkpoint(fspath(source), request, out=Output(quiet=quiet)).report
+
+
+def merge(
+    sources: Sequence[str | PathLike[str]],
+    output: str | PathLike[str],
+    *,
+    weights: Sequence[float] | None = None,
+    family: str | None = None,
+    axes: Mapping[str, int] | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    max_shard_size: str | None = None,
+    jobs: int | None = None,
+    verify: bool = True,
+    seed: int = 0,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Lay models side by side as one that says the mean of their logits: `tlt merge`, and what it prints with --json.
+
+    `weights` are each one's share, and add up to 1; all alike where none are given. The dict has, among others, path,
+    models, sizes, parameters, bytes, notes, and verification: max_logit, relative (in deviations of the logits), bound,
+    and kl (nats per token). Raises TltError, with nothing written, for models that cannot lie side by side.
+    """
+    from tlt_cli.cli.console import Output
+    from tlt_cli.cli.merging import merge_checkpoints
+
+    outcome = merge_checkpoints(
+        [fspath(source) for source in sources], Path(output), out=Output(quiet=quiet), weights=weights, family=family,
+        axes=_typed(axes), dtype=dtype, force=force, dry_run=dry_run, max_shard_size=max_shard_size, jobs=jobs,
+        verify=verify, seed=seed,
+    )  # fmt: skip
+    return outcome.report
 
 
 def train(

@@ -1,4 +1,4 @@
-"""What writing costs beside `cp`: wall and peak memory of copying and growing a checkpoint, at two sizes.
+"""What writing costs beside `cp`: wall and peak memory of copying, growing and slicing a checkpoint, at two sizes.
 
     python tests/benchmarks/io.py [--gigabytes 1.5] [--folder DIR]
 
@@ -87,6 +87,12 @@ def measure(work: Path, gigabytes: float, rounds: int) -> list[tuple[Run, float]
         wide = hidden * 5 // 4 // 64 * 64
         grow = ["tlt", "grow", str(source), "--to-dim", str(wide), "-o", "OUT", "--no-verify"]
         commands[f"grow {hidden} to {wide}"] = grow
+        narrow = hidden // 2 // 64 * 64
+        for what, options in (
+            (f"slice {hidden} to {narrow}", ["--dim", str(narrow)]),
+            (f"slice ffn {4 * hidden} to {2 * hidden}", ["--ffn", str(2 * hidden)]),
+        ):
+            commands[what] = ["tlt", "slice", str(source), *options, "-o", "OUT", "--no-verify"]
     best: dict[str, Run] = {}
     for _ in range(rounds):
         for name, command in commands.items():

@@ -61,7 +61,8 @@ class Noise:
         return cls((drawn.pow(8) * vocab).long())
 
     def batch(self, first: int, count: int) -> Batch:
-        return Batch(self.rows[first : first + count], None, torch.zeros(count, dtype=torch.long))
+        rows = self.rows[first : first + count]
+        return Batch(rows, None, torch.zeros(count, dtype=torch.long), torch.arange(first, first + count))
 
 
 def ours(

@@ -78,7 +78,7 @@ class Moments:
 _PARTS = ("reads", "sizes", "feels", "squares")
 
 
-class _Sums:
+class Sums:
     """Running sums of one block."""
 
     def __init__(self, *, entries: bool = False) -> None:
@@ -86,9 +86,10 @@ class _Sums:
         self._entries = entries
 
     def tap(self, role: str, layer: int, x: Tensor, y: Tensor) -> None:
+        """Count what a linear reads [..., in], and the gradient of what it writes once that is known."""
         if SAME_INPUT[role] == role:
             flat = x.detach().flatten(0, -2)
-            self._add("reads", (layer, role), _outer(flat))
+            self._add("reads", (layer, role), outer(flat))
             self._add("sizes", (layer, role), flat.abs().sum(0).double())
         if y.requires_grad:
             read = x.detach() if self._entries else None
@@ -96,7 +97,7 @@ class _Sums:
 
     def _felt(self, spot: Spot, grad: Tensor, read: Tensor | None) -> None:
         flat = grad.flatten(0, -2)
-        self._add("feels", spot, _outer(flat))
+        self._add("feels", spot, outer(flat))
         if read is not None:
             self._add("squares", spot, (flat.double().square().T @ read.flatten(0, -2).double().square()))
 
@@ -105,13 +106,14 @@ class _Sums:
         sums[spot] = sums[spot] + value if spot in sums else value
 
     def means(self, tokens: int) -> Moments:
+        """What it all comes to; the sums are gone then."""
         reads, sizes, feels, squares = (
             {spot: value / tokens for spot, value in self.sums.pop(part).items()} for part in _PARTS
         )
         return Moments(reads, sizes, feels, tokens, squares)
 
 
-def _outer(flat: Tensor) -> Tensor:
+def outer(flat: Tensor) -> Tensor:
     """The sum of x xT over the rows of flat [k, n]: [n, n] in float64, where products of float32 are exact. Of fewer
     rows than n this is singular, and summed in float32 its rounding would pass for directions that are read."""
     total = torch.zeros(flat.shape[1], flat.shape[1], dtype=torch.float64, device=flat.device)
@@ -154,7 +156,7 @@ def block_moments(
     if not gradients:
         stream = blocks.embed(ids)
         for layer in range(blocks.layers):
-            sums, after = _Sums(), []
+            sums, after = Sums(), []
             with torch.no_grad(), tapped(blocks.decoder, sums.tap):
                 for some in torch.split(stream, batch):
                     after.append(blocks.run(layer, some))
@@ -172,7 +174,7 @@ def block_moments(
     grads = torch.cat([_loss_gradient(blocks, some, words) for some, words in last])
     blocks.release()
     for layer in reversed(range(blocks.layers)):
-        sums, before = _Sums(entries=entries), []
+        sums, before = Sums(entries=entries), []
         with tapped(blocks.decoder, sums.tap):
             for some, grad in zip(torch.split(kept.pop(layer), batch), torch.split(grads, batch), strict=True):
                 leaf = some.requires_grad_(True)

@@ -117,14 +117,18 @@ def _fill_one(file: OpenShard, tensor: PlannedTensor, values: Checkpoint, tally:
     start = file.shard.starts[tensor.name]
     size = tensor_bytes(tensor.dtype, tensor.shape)
     if _is_copy(tensor, values):
-        for offset in range(0, size, _COPIED_BYTES):
-            if tally.stop:
-                return
-            length = min(_COPIED_BYTES, size - offset)
-            with plain_errors(file.path):
-                values.copy_bytes(tensor.source, offset, length, descriptor=file.descriptor, position=start + offset)
-            start_writeback(file.descriptor, start + offset, length)
-            tally.add(length)
+        position = start
+        for source, begin, end in _byte_ranges(tensor, values):
+            for offset in range(begin, end, _COPIED_BYTES):
+                if tally.stop:
+                    return
+                length = min(_COPIED_BYTES, end - offset)
+                with plain_errors(file.path):
+                    values.copy_bytes(source, offset, length, descriptor=file.descriptor, position=position)
+                start_writeback(file.descriptor, position, length)
+                tally.add(length)
+                position += length
+        assert position == start + size, f"{tensor.name}: {position - start} of {size} bytes copied"
         return
     from tlt_cli.checkpoint.cast import memory
 
@@ -145,11 +149,23 @@ def _fill_one(file: OpenShard, tensor: PlannedTensor, values: Checkpoint, tally:
 
 
 def _is_copy(tensor: PlannedTensor, values: Checkpoint) -> bool:
+    if tensor.copies:
+        return all(values.tensors[rows.source].dtype == tensor.dtype for rows in tensor.copies)
     if tensor.compute is not None:
         return False
     info = values.tensors[tensor.source]
     assert info.shape == tensor.shape, f"{tensor.name} {tensor.shape} is a copy of {info.shape}"
     return info.dtype == tensor.dtype
+
+
+def _byte_ranges(tensor: PlannedTensor, values: Checkpoint) -> Iterator[tuple[str, int, int]]:
+    """(source, first byte, end) of what is copied, one after the other."""
+    if not tensor.copies:
+        yield tensor.source, 0, values.tensors[tensor.source].nbytes
+    for rows in tensor.copies:
+        info = values.tensors[rows.source]
+        row = tensor_bytes(info.dtype, info.shape[1:])
+        yield rows.source, rows.start * row, rows.stop * row
 
 
 def _blocks(tensor: PlannedTensor, values: Checkpoint) -> Iterable[torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,7 +30,8 @@ class Checkpoint:
 
     `location` is the local folder or file, None where only the headers of a remote repository were
     read; `repository` and `revision` (a commit) are set for sources on the hub. `tensors` are in
-    the order of their bytes, shard after shard.
+    the order of their bytes, shard after shard. `parents` are the checkpoints that lie side by side in one that
+    `together` made, else none.
     """
 
     source: str
@@ -43,6 +45,7 @@ class Checkpoint:
     repository: str | None = None
     revision: str | None = None
     card: str | None = field(default=None, repr=False)
+    parents: tuple[Checkpoint, ...] = field(default=(), repr=False)
     _files: OpenFiles | None = field(default=None, repr=False, compare=False)
     _digests: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
@@ -54,13 +57,22 @@ class Checkpoint:
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of the leading dim, [stop - start, ...]; no other bytes are read."""
         info = self._info(name)
-        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
-            raise TltError(f"{name} {list(info.shape)} has no rows {start}:{stop}")
-        row_bits = info.nbytes * 8 // max(info.shape[0], 1)
+        return self._rows(info, info.shape, start, stop)
+
+    def read_vectors(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Vectors [start, stop) along the last dim, counted through all leading ones: [stop - start, last]."""
+        info = self._info(name)
+        return self._rows(info, (math.prod(info.shape[:-1]), *info.shape[-1:]), start, stop)
+
+    def _rows(self, info: TensorInfo, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
+        """Rows of a tensor as if it had this shape."""
+        if not shape or not 0 <= start <= stop <= shape[0]:
+            raise TltError(f"{info.name} {list(info.shape)} has no rows {start}:{stop}")
+        row_bits = info.nbytes * 8 // max(shape[0], 1)
         if row_bits % 8:
-            raise TltError(f"{name} {info.dtype} {list(info.shape)}: rows end within a byte")
+            raise TltError(f"{info.name} {info.dtype} {list(info.shape)}: rows end within a byte")
         begin, length = start * (row_bits // 8), (stop - start) * (row_bits // 8)
-        return self._read(info, (stop - start, *info.shape[1:]), begin, length)
+        return self._read(info, (stop - start, *shape[1:]), begin, length)
 
     def read_bytes(self, name: str, offset: int, length: int) -> bytes:
         """`length` bytes of the tensor from its byte `offset` on."""

@@ -24,12 +24,23 @@ class Tensors(Protocol):
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Rows `start` to `stop` of a stored tensor's leading dim."""
+
+    source: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class PlannedTensor:
     """One tensor that will exist. `compute` yields consecutive blocks of its rows in float32 or better.
 
     `source` is the tensor it mainly comes from; where `compute` is None it is that tensor, byte for byte (cast where
-    `dtype` is another one). `work` is the peak memory in bytes that computing it takes. `file` names a file of its own
-    beside the model's, such as the optimizer's state; None where the tensor belongs to the model.
+    `dtype` is another one). `copies` are stored rows whose bytes, one after the other, are what `compute` gives: where
+    all of them have this dtype they are copied and nothing is computed. `work` is the peak memory in bytes that
+    computing takes. `file` names a file of its own beside the model's, such as the optimizer's state; None where the
+    tensor belongs to the model.
     """
 
     name: str
@@ -39,6 +50,7 @@ class PlannedTensor:
     compute: Callable[[Tensors], Iterable[torch.Tensor]] | None = None
     work: int = 0
     file: str | None = None
+    copies: tuple[Rows, ...] = ()
 
     @property
     def parameters(self) -> int:

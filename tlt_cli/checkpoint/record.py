@@ -22,22 +22,43 @@ _CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipelin
 def lineage(checkpoint: Checkpoint, *, operation: str, command: str, details: Mapping[str, Any]) -> dict[str, Any]:
     """What was done to `checkpoint` by which command, and under "history" all that was done to it before, oldest first.
 
-    Parents are named by repository or base name and by digest: sha256 as `Checkpoint.digest` gives it.
+    Parents are named by repository or base name and by digest: sha256 as `Checkpoint.digest` gives it. Of several
+    parents the histories stand one behind the other, what they have in common once.
     """
-    parent = {"source": source_name(checkpoint), "sha256": checkpoint.digest()}
-    if checkpoint.repository is not None and checkpoint.revision is not None:
-        parent["revision"] = checkpoint.revision
-    before = dict(checkpoint.lineage or {})
-    earlier = before.pop("history", [])
-    history = [*(earlier if isinstance(earlier, list) else []), *([before] if before else [])]
+    parents = checkpoint.parents or (checkpoint,)
+    steps = [step for parent in parents for step in _history(parent)]
     return {
         "version": tlt_cli.__version__,
         "operation": operation,
         "command": command,
-        "parents": [parent],
+        "parents": [_parent(parent) for parent in parents],
         "details": dict(details),
-        "history": history,
+        "history": [step for number, step in enumerate(steps) if step not in steps[:number]],
     }
+
+
+def _parent(checkpoint: Checkpoint) -> dict[str, str]:
+    found = {"source": source_name(checkpoint), "sha256": checkpoint.digest()}
+    if checkpoint.repository is not None and checkpoint.revision is not None:
+        found["revision"] = checkpoint.revision
+    return found
+
+
+def adapter_lineage(
+    base: Checkpoint, before: Checkpoint | None, *, operation: str, command: str, details: Mapping[str, Any]
+) -> dict[str, Any]:
+    """As `lineage`, of an adapter beside `base`: it goes on from the adapter `before`, the second parent, if any."""
+    found = lineage(base, operation=operation, command=command, details=details)
+    if before is not None:
+        found["parents"].append({"source": source_name(before), "sha256": before.digest()})
+        found["history"] = _history(before) or found["history"]
+    return found
+
+
+def _history(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    last = dict(checkpoint.lineage or {})
+    earlier = last.pop("history", [])
+    return [*(earlier if isinstance(earlier, list) else []), *([last] if last else [])]
 
 
 def metadata(lineage: Mapping[str, Any]) -> dict[str, str]:
@@ -75,22 +96,35 @@ def model_card(
     `library` loads it, and `relation` is what it is to its base model, in the words of the hub.
 
     Licence, language and task are carried over from the source's own card; the base model is the source's repository,
-    or what the source said it was based on.
+    or what the source said it was based on. Of several parents all are base models, and only what their cards agree in
+    is carried over.
     """
     from huggingface_hub.repocard_data import ModelCardData  # alone: the whole library takes six times as long
 
-    source, readable = _source_data(checkpoint)
-    base = checkpoint.repository or _strings(source.get("base_model"))
-    carried = {key: source.get(key) for key in _CARRIED_OVER if source.get(key) is not None}
-    tags = [*_strings(source.get("tags")), "tlt", lineage["operation"]]
+    parents = checkpoint.parents or (checkpoint,)
+    cards = [_source_data(parent) for parent in parents]
+    readable = all(known for _, known in cards)
+    base = [
+        name
+        for parent, (data, _) in zip(parents, cards, strict=True)
+        for name in ([parent.repository] if parent.repository else _strings(data.get("base_model")))
+    ]
+    base = list(dict.fromkeys(base))
+    first = cards[0][0]
+    carried = {
+        key: first.get(key)
+        for key in _CARRIED_OVER
+        if first.get(key) is not None and all(data.get(key) == first.get(key) for data, _ in cards)
+    }
+    tags = [*(tag for data, _ in cards for tag in _strings(data.get("tags"))), "tlt", lineage["operation"]]
     data = ModelCardData(
         library_name=library,
-        base_model=base or None,
+        base_model=(base[0] if len(base) == 1 else base) or None,
         base_model_relation=relation if base else None,
         tags=list(dict.fromkeys(tags)),
         **carried,
     )
-    name = source_name(checkpoint)
+    name = ", ".join(dict.fromkeys(source_name(parent) for parent in parents))
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}, after `tlt {lineage['operation']}`",
@@ -101,10 +135,12 @@ def model_card(
         parts.append("\n".join(("| | before | after |", "| --- | --- | --- |", *map(_row, changes))))
     if not readable:
         notes = [*notes, "The card of the source could not be read, so its licence is not repeated here: look it up."]
+    if len({str(data.get("license")) for data, _ in cards}) > 1:
+        notes = [*notes, "The sources are under several licences, so none is stated here: look them up."]
     if notes:
         parts.append("\n".join(f"- {note}" for note in notes))
-    parents = ", ".join(f"{parent['source']} (sha256 `{parent['sha256']}`)" for parent in lineage["parents"])
-    parts.append(f"Source: {parents}. `tlt inspect` prints the whole lineage.")
+    sources = ", ".join(f"{parent['source']} (sha256 `{parent['sha256']}`)" for parent in lineage["parents"])
+    parts.append(f"Source: {sources}. `tlt inspect` prints the whole lineage.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -103,10 +103,11 @@ def write(
 def check_target(output: Path, values: Checkpoint, *, force: bool) -> None:
     """TltError if `output` may not be written: it is or touches the input, or exists and `force` is not given."""
     sources = []
-    if values.location is not None:
-        sources.append(values.location)
-        if values.location.is_dir():  # files of a folder may be links to elsewhere
-            sources.extend(values.location / shard for shard in values.shards)
+    for one in values.parents or (values,):
+        if one.location is not None:
+            sources.append(one.location)
+            if one.location.is_dir():  # files of a folder may be links to elsewhere
+                sources.extend(one.location / shard for shard in one.shards)
     check_output(output, sources, force=force)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tlt_cli import __version__
-from tlt_cli.cli import demo, eval, factor, fold, generate, grow, inspect, train
+from tlt_cli.cli import demo, eval, factor, fold, generate, grow, inspect, merge, slice, train
 from tlt_cli.cli.console import Commands
 
 app = typer.Typer(
@@ -39,8 +39,10 @@ def tlt(
 
 
 app.command("grow", epilog=grow.EXAMPLES)(grow.grow)
+app.command("slice", epilog=slice.EXAMPLES)(slice.slice)
 app.command("factor", epilog=factor.EXAMPLES)(factor.factor)
 app.command("fold", epilog=fold.EXAMPLES)(fold.fold)
+app.command("merge", epilog=merge.EXAMPLES)(merge.merge)
 app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("eval", epilog=eval.EXAMPLES)(eval.evaluate)
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)

@@ -39,6 +39,7 @@ def describe(checkpoint: Checkpoint, fitted: Fit | None) -> dict[str, Any]:
         "family": fitted.family.name if fitted else None,
         "axes": dict(fitted.sizes) if fitted else {},
         "tied": fitted.tied if fitted else None,
+        "groups": fitted.groups.data() if fitted and fitted.groups else None,
         "parameters": sum(t["parameters"] for t in tensors if not t["dropped"]),
         "bytes": sum(t["bytes"] for t in tensors),
         "dtypes": dict(Counter(t["dtype"] for t in tensors)),
@@ -64,6 +65,10 @@ def summary(data: Mapping[str, Any]) -> Iterator[str]:
     if data["family"]:
         yield f"axes: {bindings(data['axes'])}"
         yield f"tied: {'yes' if data['tied'] else 'no'}"
+    if data.get("groups"):
+        shares = zip(data["groups"]["parts"], data["groups"]["weights"], strict=True)
+        named = ", ".join(f"{part['name']} ({weight:g})" for part, weight in shares)
+        yield f"models side by side, with their shares of the logits: {named}"
     yield f"parameters: {data['parameters']:,}"
     yield f"bytes: {data['bytes']:,} in {len(data['files'])} file{'s' if len(data['files']) > 1 else ''}"
     yield f"tensors: {len(data['tensors'])} ({dtypes})"

@@ -10,11 +10,13 @@ from tlt_cli.cli.console import Output, Table
 from tlt_cli.cli.options import (
     Axis,
     Base,
+    Block,
     Data,
     Device,
     Dtype,
     Family,
     Json,
+    Level,
     Quiet,
     Sources,
     Stream,
@@ -27,6 +29,8 @@ Examples:
 
 tlt eval model --data text.txt
 
+tlt eval fractal --levels --data text.txt
+
 tlt eval small.safetensors big.safetensors --data text.txt --json | jq '.models[].perplexity'
 """
 
@@ -38,12 +42,19 @@ BatchSize = Annotated[
     int | None, typer.Option("--batch-size", min=1, metavar="N", help="Windows at once. Default: what memory allows.")
 ]
 
+Levels = Annotated[
+    bool, typer.Option("--levels", help="Every level and block of a nested or fractal model, run in its place.")
+]
+
 
 def evaluate(
     sources: Sources,
     data: Data = None,
     context: Context = None,
     batch_size: BatchSize = None,
+    levels: Levels = False,
+    level: Level = None,
+    block: Block = None,
     base: Base = None,
     family: Family = None,
     axis: Axis = None,
@@ -59,13 +70,15 @@ def evaluate(
 
     Windows of --context tokens do not overlap; of each, every token but the first is scored.
     """
-    from tlt_cli.cli.measuring import measure, prepare
+    from tlt_cli.cli.measuring import measure, parts, prepare
 
     out = Output(json=json, quiet=quiet, verbose=verbose)
     prepared = prepare(sources, out=out, family=family, axes=axis, tokenizer=tokenizer, data=data, base=base)
+    prepared = parts(prepared, levels=levels, level=level, block=block)
     models = measure(
         prepared, out=out, context=context, batch_size=batch_size, device=device, dtype=dtype, stream=stream
     )
-    columns = ("source", "perplexity", "nll", "tokens", "context", "corpus_sha256", "tokenizer")
-    table = Table(columns, [[model[column] for column in columns] for model in models])
+    inner = ("part", "parameters") if levels or level is not None or block is not None else ()
+    columns = ("source", *inner, "perplexity", "nll", "tokens", "context", "corpus_sha256", "tokenizer")
+    table = Table(columns, [[model.get(column) for column in columns] for model in models])
     out.result(models[0] if len(models) == 1 else {"models": models}, table=table)

@@ -172,6 +172,8 @@ def _table(
     if "kl" in verification:
         rows.append(("max |Δlogit| / deviation", "", f"{verification['relative']:.1e}"))
         rows.append(("KL, nats per token", "", f"{verification['kl']:.1e}"))
+        if verification.get("lost") is not None:
+            rows.append(("KL from the whole model on the text", "", f"{verification['lost']['kl']:.4g}"))
         if verification.get("written") is not None:
             rows.append(("  as rounded to the output's dtype", "", f"{verification['written']['relative']:.1e}"))
     return Table(("", "before", "after"), rows)

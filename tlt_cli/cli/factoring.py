@@ -25,6 +25,7 @@ from tlt_cli.cli.opening import opened_if_known, parse_dtype
 from tlt_cli.errors import TltError, UsageError
 from tlt_cli.families import Fit
 from tlt_cli.families.factors import LEFT, RIGHT, read_lowrank, refuse_factored
+from tlt_cli.families.groups import read_groups, refuse_grouped
 from tlt_cli.model.modeling import AUTO_MAP, MODELING, modeling_source
 from tlt_cli.model.text import Tokens
 from tlt_cli.surgery.factor import (
@@ -63,6 +64,7 @@ def opened_matrices(source: str, request: Request, *, out: Output, values: bool)
     """Open the source and find its matrices. TltError where it has none."""
     checkpoint, fitted = opened_if_known(source, out=out, family=request.family, axes=request.axes, values=values)
     refuse_factored(read_lowrank(checkpoint.config) if fitted is None else fitted.lowrank, "factoring")
+    refuse_grouped(read_groups(checkpoint.config) if fitted is None else fitted.groups, "factoring")
     dropped = set(fitted.dropped) if fitted else set[str]()
     tensors = {name: info for name, info in checkpoint.tensors.items() if name not in dropped}
     shapes = {name: info.shape for name, info in tensors.items() if fitted or info.dtype in FLOATS}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import tee
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,10 +11,12 @@ from tlt_cli.cli.console import Output
 from tlt_cli.cli.options import (
     Axis,
     Base,
+    Block,
     Device,
     Dtype,
     Family,
     Json,
+    Level,
     Quiet,
     Seed,
     Source,
@@ -30,6 +32,8 @@ Examples:
 tlt generate model --prompt "Once upon a time"
 
 tlt generate model --prompt "Once upon a time" --temperature 0 --max-tokens 40 --json | jq .text
+
+tlt generate fractal --prompt "Once upon a time" --level 1 --block 2/4
 
 tlt generate tree --prompt "Once upon a time" --lock
 """
@@ -64,6 +68,8 @@ def generate(
     top_p: TopP = None,
     seed: Seed = 0,
     lock: Lock = False,
+    level: Level = None,
+    block: Block = None,
     base: Base = None,
     family: Family = None,
     axis: Axis = None,
@@ -79,19 +85,20 @@ def generate(
 
     Standard output is the continuation alone, as it is made.
     """
-    from tlt_cli.cli.opening import load_decoder, opened_with_adapter, tokenizer_for
+    from tlt_cli.cli.opening import load_decoder, opened_with_adapter, part_of, run_part, tokenizer_for
     from tlt_cli.model.generate import generate as draw
     from tlt_cli.model.generate import stop_ids
     from tlt_cli.model.text import pieces
     from tlt_cli.model.tree import Tree
 
     out = Output(json=json, quiet=quiet, verbose=verbose)
-    model = opened_with_adapter(source, out=out, base=base, family=family, axes=axis)
+    model = part_of(opened_with_adapter(source, out=out, base=base, family=family, axes=axis), level, block)
     checkpoint = model.checkpoint
     words = tokenizer_for(checkpoint, model.fit.sizes["vocab"], tokenizer)
     ids = words.encode(prompt)
     decoder = load_decoder(checkpoint, model.fit, adapter=model.adapter, stream=stream, dtype=dtype, device=device)
-    leaves: dict[str, list[int]] = {}
+    decoder = run_part(decoder, model)
+    leaves: dict[str, Any] = {} if model.part is None else {"part": model.part.name}
     if lock:
         if not isinstance(decoder.adapter, Tree):
             raise UsageError(f"--lock goes with a tree of LoRAs, and {source} is none")

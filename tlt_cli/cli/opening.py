@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,12 +14,14 @@ from tlt_cli.cli.adapters import AdapterFolder, adapter_of
 from tlt_cli.cli.console import Output
 from tlt_cli.errors import TltError, UsageError, nearest
 from tlt_cli.families.fit import Fit, fit
+from tlt_cli.families.groups import refuse_grouped
 from tlt_cli.families.ties import check_ties
 
 if TYPE_CHECKING:
     import torch
 
     from tlt_cli.model.decoder import Decoder
+    from tlt_cli.model.nested import Level
     from tlt_cli.model.text import Tokenizer
 
 OWN_TABLE = "tlt.toml"
@@ -66,6 +68,24 @@ class Source:
     checkpoint: Checkpoint
     fit: Fit
     adapter: AdapterFolder | None = None
+    part: Level | None = None
+
+
+def part_of(source: Source, level: int | None, block: str | None) -> Source:
+    """The source with the part that --level and --block name, to be run in its place; as it is where they name none.
+
+    Raises TltError where the model holds no such part.
+    """
+    from tlt_cli.model.nested import block_part, level_at, parse_block
+
+    if level is None and block is None:
+        return source
+    if source.adapter is not None:
+        raise UsageError(f"--level and --block name a part of a model, and {source.source} is a {source.adapter.kind}")
+    refuse_grouped(source.fit.groups, "running a part")
+    found = None if block is None else parse_block(block)
+    chosen = block_part(source.fit, *found) if level is None and found else level_at(source.fit, level, found)
+    return replace(source, part=chosen)
 
 
 def opened_with_adapter(
@@ -232,6 +252,15 @@ def load_decoder(
     if adapter is not None:
         decoder.adapter = adapter.load(decoder, fitted.family.prefix, dtype=kind)
     return decoder
+
+
+def run_part(decoder: Decoder, source: Source) -> Decoder:
+    """What runs the source's part inside its decoder; the decoder itself where that is all of it."""
+    from tlt_cli.model.part import child, inside
+
+    if source.part is None or source.part.level == 0:
+        return decoder
+    return inside(decoder, child(source.fit, source.part.part))
 
 
 def tokenizer_for(checkpoint: Checkpoint, vocab: int, given: str | None) -> Tokenizer:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-_WRITES, _COMPUTES, _READS = "Output", "Compute", "Reading the checkpoint"
+_WRITES, _COMPUTES, _READS, _PART = "Output", "Compute", "Reading the checkpoint", "A part whole"
 
 Source = Annotated[
     str,
@@ -21,6 +21,18 @@ Sources = Annotated[
     typer.Argument(metavar="SRC", help="Files, folders or repositories of the hub (org/name)."),
 ]
 
+Level = Annotated[
+    int | None,
+    typer.Option(
+        "--level", min=0, metavar="L", rich_help_panel=_PART, help="A level of a nested or fractal model: 1, 2, ..."
+    ),
+]
+Block = Annotated[
+    str | None,
+    typer.Option(
+        "--block", metavar="K/N", rich_help_panel=_PART, help="Block K of the N side by side, counted from 1."
+    ),
+]
 Base = Annotated[
     str | None,
     typer.Option(

@@ -1,29 +1,52 @@
-"""A curve drawn: by matplotlib in a file (it comes with the extra `plot`), or with plain characters in a terminal."""
+"""Curves and maps drawn: by matplotlib in a file (it comes with the extra `plot`); curves also in a terminal."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tlt_cli.errors import TltError, UsageError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 SUFFIXES = (".png", ".svg", ".pdf")
 _WIDTH, _HEIGHT = 60, 12
+_LABELS = 64  # of a map's rows at most
 
 
-def check_plot(path: Path, *, force: bool) -> None:
+class Map(Protocol):
+    """How alike tokens are, in the order of a tree: their names, cosines [n, n], and the group that each is in [n]."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """What the rows are called."""
+
+    @property
+    def cosines(self) -> Any:
+        """[n, n], from -1 to 1."""
+
+    @property
+    def labels(self) -> Any:
+        """The group of each row [n]; groups are side by side."""
+
+
+def check_plot(path: Path, *, force: bool, option: str = "--plot") -> None:
     """Whether a plot can be drawn to `path`, before any work. TltError or UsageError where it cannot."""
     if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"--plot {path}: expected a name that ends in {', '.join(SUFFIXES)}")
+        raise UsageError(f"{option} {path}: expected a name that ends in {', '.join(SUFFIXES)}")
     if path.exists() and not force:
-        raise TltError(f"--plot {path}: exists already; name another file, or replace it with --force")
+        raise TltError(f"{option} {path}: exists already; name another file, or replace it with --force")
     if not path.parent.is_dir():
-        raise TltError(f"--plot {path}: no folder {path.parent}")
+        raise TltError(f"{option} {path}: no folder {path.parent}")
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise TltError("--plot draws with matplotlib, which is not installed: pip install 'tlt[plot]'") from error
+        raise TltError(f"{option} draws with matplotlib, which is not installed: pip install 'tlt[plot]'") from error
 
 
 def save_plot(
@@ -59,8 +82,45 @@ def save_plot(
     )
     for axes in (curve, fall):
         axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def save_heatmaps(path: Path, maps: Sequence[tuple[str, Map]], *, across: int) -> None:
+    """Titled maps, `across` in each row; groups are framed, and of many names only some are written."""
+    from matplotlib.figure import Figure
+
+    rows = -(-len(maps) // across)
+    figure = Figure(figsize=(5.2 * across, 5.4 * rows), dpi=150, layout="constrained")
+    places = figure.subplots(rows, across, squeeze=False)
+    for place, (title, each) in zip(places.flat, maps, strict=True):
+        shown = place.imshow(each.cosines, vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
+        count = len(each.names)
+        ticks = range(0, count, -(-count // _LABELS))
+        size = max(3.0, min(8.0, 260 / len(ticks)))
+        for axis, turned in ((place.xaxis, 90), (place.yaxis, 0)):
+            axis.set_ticks(ticks, [each.names[tick] for tick in ticks], fontsize=size, rotation=turned)
+            for label in axis.get_ticklabels():
+                label.set_parse_math(False)  # a token may be a dollar
+        edges = [0, *(at for at in range(1, count) if each.labels[at] != each.labels[at - 1]), count]
+        for first, last in pairwise(edges):
+            sides = [first - 0.5, last - 0.5]
+            place.plot(
+                [sides[0], sides[1], sides[1], sides[0], sides[0]], [sides[0], sides[0], sides[1], sides[1], sides[0]],
+                color="black", linewidth=0.6, clip_on=False,
+            )  # fmt: skip
+        place.set(title=title, xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -0.5))
+    figure.colorbar(shown, ax=places, label="cosine", shrink=0.6)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # it draws a box for it
+        _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    from matplotlib import rc_context
+
     staged = path.with_name(f".{path.name}.partial")
-    figure.savefig(staged, format=path.suffix[1:].lower(), metadata=_undated(path))
+    with rc_context({"svg.hashsalt": "tlt"}):  # names inside are drawn by lot otherwise
+        figure.savefig(staged, format=path.suffix[1:].lower(), metadata=_undated(path))
     staged.replace(path)
 
 

@@ -10,6 +10,7 @@ import typer
 from tlt_cli.cli.console import Output as Out
 from tlt_cli.cli.options import (
     Axis,
+    Base,
     Device,
     DryRun,
     Dtype,
@@ -33,10 +34,14 @@ tlt train --init llama:dim=256,layers=4 --data text.txt --epochs 1 -o made
 
 tlt train model --data text.jsonl --lora 16 -o adapter
 
+tlt train adapter --data text.txt --steps 500 -o longer
+
+tlt train --init llama:dim=128,heads=4 --data text.txt --steps 1000 --nested 1/2,1/4 -o nested
+
 tlt train model --data text.txt --steps 2000 --resume -o trained
 """
-_DATA, _LENGTH, _HOW, _WHAT, _TREE, _RANK, _RUN = (
-    "Data", "How long", "How", "What is trained", "A tree of LoRAs", "Low rank", "On the way",
+_DATA, _LENGTH, _HOW, _WHAT, _LEVELS, _TREE, _RANK, _RUN = (
+    "Data", "How long", "How", "What is trained", "Models inside a model", "A tree of LoRAs", "Low rank", "On the way",
 )  # fmt: skip
 
 
@@ -47,7 +52,7 @@ def _option(panel: str, name: str, what: str, kind: str = "N", **more: Any) -> t
 
 Start = Annotated[
     str | None,
-    typer.Argument(metavar="[SRC]", help="What to train: a checkpoint as any command takes it. Or see --init."),
+    typer.Argument(metavar="[SRC]", help="What to train: a checkpoint, or an adapter to train on. Or see --init."),
 ]
 Init = Annotated[
     str | None,
@@ -120,6 +125,43 @@ Targets = Annotated[
     list[str] | None,
     _option(_WHAT, "--target", "Modules with an adapter, such as '*.q_proj'. Default: all in the blocks.", "GLOB"),
 ]
+Nested = Annotated[
+    str | None,
+    _option(
+        _LEVELS,
+        "--nested",
+        "Train smaller models inside, on the first entries of all axes: shares (1/2,1/4) or widths (64,32), or none.",
+        "LIST",
+    ),
+]
+NestedLayers = Annotated[
+    str | None, _option(_LEVELS, "--nested-layers", "How many layers each has, or which share of them.", "LIST")
+]
+NestedHeads = Annotated[
+    str | None, _option(_LEVELS, "--nested-heads", "How many whole query heads each has, or which share.", "LIST")
+]
+NestedSample = Annotated[
+    bool,
+    typer.Option(
+        "--nested-sample",
+        rich_help_panel=_LEVELS,
+        help="The whole and one of them in each step, drawn by lot: cheaper.",
+    ),
+]
+FractalLevels = Annotated[
+    int | None,
+    _option(
+        _LEVELS,
+        "--fractal",
+        "Train models side by side inside, again inside each, in so many levels with the whole; they share the batch.",
+        "LEVELS",
+        min=2,
+    ),
+]
+Split = Annotated[int, _option(_LEVELS, "--split", "Into how many each model splits: 2, 4, ...", min=2)]
+LevelWeights = Annotated[
+    str | None, _option(_LEVELS, "--level-weights", "Weights of the levels' losses, the whole's first.", "W,W")
+]
 LoraTree = Annotated[
     int | None, _option(_TREE, "--lora-tree", "Train a binary tree of LoRAs of this depth instead.", "DEPTH", min=1)
 ]
@@ -149,6 +191,27 @@ RegularizeEvery = Annotated[int, _option(_RANK, "--regularize-every", "Every so 
 RegularizeOnly = Annotated[
     list[str] | None, _option(_RANK, "--regularize-only", "These matrices alone; all in the blocks otherwise.", "GLOB")
 ]
+
+_PREFIX = "Prefixes of the embedding"
+Hierarchy = Annotated[
+    str | None,
+    _option(
+        _PREFIX, "--hierarchy",
+        "Short prefixes tell categories of tokens apart: imposed:FILE (JSON) or emergent, found by clustering.", "KIND",
+    ),
+]  # fmt: skip
+NestedOnly = Annotated[
+    str | None,
+    _option(_PREFIX, "--nested-only", "embeddings: every prefix predicts the next token, as a head cut there.", "NAME"),
+]
+Prefixes = Annotated[
+    str | None, _option(_PREFIX, "--prefixes", "Their lengths. Default: 1/8, 1/4, 1/2 of the width.", "M,M,...")
+]
+Clusters = Annotated[
+    str | None,
+    _option(_PREFIX, "--clusters", "Categories to find, for all prefixes or each. Default: by silhouette.", "N,N,..."),
+]
+PrefixWeight = Annotated[float, _option(_PREFIX, "--prefix-weight", "Of each prefix in the loss.", "X")]
 
 EvalEvery = Annotated[int | None, _option(_RUN, "--eval-every", "Steps between evaluations. Default: a tenth.", min=1)]
 EvalTokens = Annotated[int, _option(_RUN, "--eval-tokens", "Most tokens of an evaluation.", min=2)]
@@ -199,6 +262,13 @@ def train(
     alpha: Alpha = None,
     rslora: Rslora = False,
     target: Targets = None,
+    nested: Nested = None,
+    nested_layers: NestedLayers = None,
+    nested_heads: NestedHeads = None,
+    nested_sample: NestedSample = False,
+    fractal: FractalLevels = None,
+    split: Split = 4,
+    level_weights: LevelWeights = None,
     lora_tree: LoraTree = None,
     rank: Rank = 8,
     route: Route = "running",
@@ -209,6 +279,11 @@ def train(
     target_rank: TargetRank = None,
     regularize_every: RegularizeEvery = 1,
     regularize_only: RegularizeOnly = None,
+    hierarchy: Hierarchy = None,
+    nested_only: NestedOnly = None,
+    prefixes: Prefixes = None,
+    clusters: Clusters = None,
+    prefix_weight: PrefixWeight = 1.0,
     eval_every: EvalEvery = None,
     eval_tokens: EvalTokens = 65536,
     save_every: SaveEvery = None,
@@ -216,6 +291,7 @@ def train(
     precision: Precision = "auto",
     compile: Compile = False,
     tensorboard: TensorBoard = None,
+    base: Base = None,
     tokenizer: TokenizerFrom = None,
     family: Family = None,
     axis: Axis = None,
@@ -245,11 +321,14 @@ def train(
         batch_tokens=batch_tokens, micro_batch=micro_batch, context=context, lr=lr, optimizer=optimizer,
         schedule=schedule, warm_up=warm_up, decay=decay, weight_decay=weight_decay, clip=clip, only=only or (),
         distill=distill, distill_share=distill_share, lora=lora, alpha=alpha, rslora=rslora, target=target or (),
-        lora_tree=lora_tree, rank=rank, route=route, tree_nodes=tree_nodes, leaf_devices=leaf_devices,
+        nested=nested, nested_layers=nested_layers, nested_heads=nested_heads, nested_sample=nested_sample,
+        fractal=fractal, split=split, level_weights=level_weights, lora_tree=lora_tree, rank=rank,
+        route=route, tree_nodes=tree_nodes, leaf_devices=leaf_devices,
         regularizer=regularizer, strength=strength, target_rank=target_rank, regularize_every=regularize_every,
-        regularize_only=regularize_only or (), eval_every=eval_every, eval_tokens=eval_tokens, save_every=save_every,
-        resume=resume, precision=precision, compile=compile, tensorboard=tensorboard, tokenizer=tokenizer,
-        family=family, axes=axis or (), output=output, force=force, dry_run=dry_run, max_shard_size=max_shard_size,
-        device=device, seed=seed, dtype=dtype,
+        regularize_only=regularize_only or (), hierarchy=hierarchy, nested_only=nested_only, prefixes=prefixes,
+        clusters=clusters, prefix_weight=prefix_weight, eval_every=eval_every, eval_tokens=eval_tokens,
+        save_every=save_every, resume=resume, precision=precision, compile=compile, tensorboard=tensorboard, base=base,
+        tokenizer=tokenizer, family=family, axes=axis or (), output=output, force=force, dry_run=dry_run,
+        max_shard_size=max_shard_size, device=device, seed=seed, dtype=dtype,
     )  # fmt: skip
     train_model(request, out=out).show(out)

@@ -2,45 +2,116 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tlt_cli.cli.training_start import Texts
+from tlt_cli.errors import TltError
 from tlt_cli.model.decoder import Decoder
-from tlt_cli.model.perplexity import perplexity
+from tlt_cli.model.perplexity import summed_loss
 from tlt_cli.model.tree import Tree
-from tlt_cli.training.objective import LOGIT_BYTES
+from tlt_cli.training.objective import LOGIT_BYTES, Objective
+from tlt_cli.training.windows import Batch
+from tlt_cli.training.world import ALONE, World, summed
+
+KL = "kl"
 
 
 @torch.no_grad()
-def evaluate(decoder: Decoder, adapter: Any, texts: Texts) -> dict[str, Any]:
-    """The loss on the held-out text, nats per token, and of several streams on each; of a tree soft and hard."""
+def evaluate(
+    decoder: Decoder, adapter: Any, texts: Texts, *, world: World = ALONE, split: bool = False,
+    taught: Objective | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The loss on the held-out text, nats per token, and of several streams on each; of a tree soft and hard.
+
+    With `taught`, a distillation, its divergence from the teacher too. The ranks of `world` share the work, each must
+    call this, and all are told what one process would find; `split` says that they share the weights as well.
+    """
     if not texts.held:
         return {}
     if not isinstance(adapter, Tree):
-        return _losses(decoder, texts)
+        return {**_losses(decoder, texts, world, split), **_divergence(decoder, texts, world, split, taught)}
     adapter.eval()
-    soft = _losses(decoder, texts)
+    soft = _losses(decoder, texts, world, split)
     adapter.report()
     adapter.hard = True
-    hard = _losses(decoder, texts)
+    hard = _losses(decoder, texts, world, split)
+    if world.size > 1:
+        torch.distributed.all_reduce(adapter.tally)
+    served = adapter.report()
+    numbers = {**hard, **_divergence(decoder, texts, world, split, taught)}
+    adapter.report()
     adapter.hard = False
-    numbers = {**hard, "soft_loss": soft["loss"], "gap": hard["loss"] - soft["loss"], **adapter.report()}
     adapter.train()
-    return numbers
+    return {**numbers, "soft_loss": soft["loss"], "gap": hard["loss"] - soft["loss"], **served}
 
 
-def _losses(decoder: Decoder, texts: Texts) -> dict[str, float]:
-    most = LOGIT_BYTES // (4 * int(decoder.description["vocab"]) * texts.context)  # windows whose logits are bearable
-    found = [perplexity(decoder, rows.flatten(), rows.shape[1], max(1, min(8, most))) for _, rows in texts.held]
-    tokens = sum(each["tokens"] for each in found)
-    numbers = {"loss": sum(each["nll"] * each["tokens"] for each in found) / tokens}
+def _losses(decoder: Decoder, texts: Texts, world: World, split: bool) -> dict[str, float]:
+    found = stream_losses(decoder, texts, world=world, split=split)
+    numbers = {"loss": sum(nll * tokens for nll, tokens in found) / sum(tokens for _, tokens in found)}
     if len(found) > 1:
         names = [name for name, _ in texts.held]
-        numbers.update({f"loss_{name}": each["nll"] for name, each in zip(distinct(names), found, strict=True)})
+        numbers.update({f"loss_{name}": nll for name, (nll, _) in zip(distinct(names), found, strict=True)})
     return numbers
+
+
+def stream_losses(
+    decoder: Decoder, texts: Texts, *, world: World = ALONE, split: bool = False
+) -> list[tuple[float, int]]:
+    """Of each held-out stream nats per token, and how many tokens that is the mean of; the rest as for `evaluate`."""
+    totals = _totals(partial(summed_loss, decoder), decoder, texts, world, split)
+    return [(total / tokens, tokens) for total, tokens in zip(totals, _tokens(texts), strict=True)]
+
+
+def _divergence(
+    decoder: Decoder, texts: Texts, world: World, split: bool, taught: Objective | None
+) -> dict[str, float]:  # fmt: skip
+    if taught is None:
+        return {}
+
+    def divergence(rows: Tensor) -> float:
+        none = torch.zeros(len(rows), dtype=torch.long)
+        return float(taught(decoder, Batch(rows.to(decoder.device), None, none, none)).numbers[KL])
+
+    return {KL: sum(_totals(divergence, decoder, texts, world, split)) / sum(_tokens(texts))}
+
+
+def _totals(
+    measure: Callable[[Tensor], float], decoder: Decoder, texts: Texts, world: World, split: bool
+) -> list[float]:  # fmt: skip
+    """Of each held-out stream the sum of what `measure` finds of some of its windows at a time.
+
+    The windows that are measured together are the same ones however many ranks there are, and so is their sum.
+    """
+    most = LOGIT_BYTES // (4 * int(decoder.description["vocab"]) * texts.context)  # windows whose logits are bearable
+    pieces = [
+        (stream, rows)
+        for stream, (_, held) in enumerate(texts.held)
+        for rows in torch.split(held, max(1, min(8, most)))
+    ]  # fmt: skip
+    own = torch.zeros(len(pieces), dtype=torch.float64, device=world.device)
+    for first in range(0, len(pieces), world.size):
+        mine = first + world.rank
+        if mine < len(pieces):
+            own[mine] = measure(pieces[mine][1])
+        elif split:  # every rank gathers weights as often as any other: once more, for nothing
+            measure(pieces[first][1])
+    found = summed(world, *own)
+    totals = [math.fsum(v for v, (of, _) in zip(found, pieces, strict=True) if of == n) for n in range(len(texts.held))]
+    for total, (name, _) in zip(totals, texts.held, strict=True):
+        if not math.isfinite(total):
+            raise TltError(f"the loss on what is held out of {name} is {total}: the weights are broken")
+    return totals
+
+
+def _tokens(texts: Texts) -> list[int]:
+    """How many tokens of each held-out stream are scored."""
+    return [rows[:, 1:].numel() for _, rows in texts.held]
 
 
 def distinct(names: Sequence[str]) -> list[str]:

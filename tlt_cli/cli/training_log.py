@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tlt_cli.cli.console import Meter, Output
+from tlt_cli.cli.training_evaluation import KL
 from tlt_cli.errors import TltError
 from tlt_cli.training.loop import Done
 
@@ -57,9 +58,10 @@ class Journal:
         if REGULARIZING in done.numbers:
             entry["regularizer_share"] = done.numbers[REGULARIZING] / seconds
         self.write(entry)
+        taught = f"kl {done.numbers[KL]:.3f}  " if KL in done.numbers else ""
         status = (
-            f"loss {done.loss:.3f}  {done.tokens / mean:,.0f} tokens/s  MFU {self.cost / mean / self.peak:.0%}  "
-            f"{_memory() / 2**30:.1f} GiB"
+            f"loss {done.loss:.3f}  {taught}{done.tokens / mean:,.0f} tokens/s  "
+            f"MFU {self.cost / mean / self.peak:.0%}  {_memory() / 2**30:.1f} GiB"
         )
         if "regularizer_share" in entry:
             status += f"  regularizer {entry['regularizer_share']:.1%} of the step"
@@ -74,7 +76,9 @@ class Journal:
     def evaluation(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Log and say what an evaluation found."""
         self.write({"step": step, "evaluation": dict(numbers)})
-        shown = "  ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in numbers.items())
+        shown = "  ".join(
+            f"{name.replace('_', ' ')} {_short(value)}" for name, value in numbers.items() if name != "models"
+        )
         self.out.note(f"step {step:,} of {self.steps:,}: {shown}")
 
     def write(self, entry: Mapping[str, Any]) -> None:

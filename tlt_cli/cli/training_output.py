@@ -27,9 +27,10 @@ def derived_output(request: Request, subject: Subject) -> Path:
     """A name in the current directory: of the source and what was trained, or of the family."""
     if subject.source is None:
         return Path(f"{subject.fitted.family.name}-trained")
-    if request.adapts:
+    if subject.adapter is not None:
         name = str(subject.name).rpartition("/")[2].removesuffix(".safetensors").removesuffix(".st")
-        return Path(f"{name}-{'lora' if request.lora is not None else 'tree'}")
+        fresh = "lora" if request.lora is not None else "tree"
+        return Path(f"{name}-{fresh if subject.before is None else 'trained'}")
     return execute.derived_output(subject.source, "trained")
 
 
@@ -66,10 +67,13 @@ def write_adapter(
     if isinstance(subject.adapter, Lora):
         write_peft(
             subject.adapter, output, base=subject.source, prefix=subject.fitted.family.prefix, command=command,
-            details=details, force=force,
+            before=subject.before, details=details, force=force,
         )  # fmt: skip
         return
     from tlt_cli.model.tree_files import write_tree
 
     assert subject.adapter is not None
-    write_tree(subject.adapter, output, base=subject.source, command=command, details=details, force=force)
+    write_tree(
+        subject.adapter, output, base=subject.source, command=command, before=subject.before, details=details,
+        force=force,
+    )  # fmt: skip

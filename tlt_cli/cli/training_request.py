@@ -22,13 +22,17 @@ _UNSAID = {
     "eval_tokens", "save_every", "leaf_devices",
 }  # fmt: skip
 
+_PLACES = {"base", "distill", "tokenizer", "family"}  # paths, or something else by name
 
 # what says something of another option, and nothing without it
 _BELONGS = {
     **dict.fromkeys(("alpha", "target"), ("lora", "lora_tree")), "rslora": ("lora",),
     **dict.fromkeys(("rank", "route", "tree_nodes"), ("lora_tree",)), "distill_share": ("distill",),
     **dict.fromkeys(("strength", "target_rank", "regularize_every", "regularize_only"), ("regularizer",)),
-    **dict.fromkeys(("family", "axes"), ("source",)),
+    **dict.fromkeys(("prefixes", "prefix_weight"), ("hierarchy", "nested_only")), "clusters": ("hierarchy",),
+    **dict.fromkeys(("base", "family", "axes"), ("source",)),
+    **dict.fromkeys(("nested_layers", "nested_heads", "nested_sample"), ("nested",)), "split": ("fractal",),
+    "level_weights": ("nested", "fractal"),
 }  # fmt: skip
 
 
@@ -65,6 +69,13 @@ class Request:
     alpha: float | None = None
     rslora: bool = False
     target: Sequence[str] = ()
+    nested: str | None = None
+    nested_layers: str | None = None
+    nested_heads: str | None = None
+    nested_sample: bool = False
+    fractal: int | None = None
+    split: int = 4
+    level_weights: str | None = None
     lora_tree: int | None = None
     rank: int = 8
     route: str = "running"
@@ -75,6 +86,11 @@ class Request:
     target_rank: int | None = None
     regularize_every: int = 1
     regularize_only: Sequence[str] = ()
+    hierarchy: str | None = None
+    nested_only: str | None = None
+    prefixes: str | None = None
+    clusters: str | None = None
+    prefix_weight: float = 1.0
     eval_every: int | None = None
     eval_tokens: int = 65536
     save_every: int | None = None
@@ -82,6 +98,7 @@ class Request:
     precision: str = "auto"
     compile: bool = False
     tensorboard: Path | None = None
+    base: str | None = None
     tokenizer: str | None = None
     family: str | None = None
     axes: Sequence[str] = ()
@@ -106,10 +123,12 @@ class Request:
             raise UsageError("--batch-size and --batch-tokens say the same; drop one of the two")
         if self.lora is not None and self.lora_tree is not None:
             raise UsageError("--lora and --lora-tree are two adapters; train one at a time")
-        if self.adapts and self.only:
-            raise UsageError("--only chooses tensors of the model, which stands still beside an adapter: see --target")
-        if self.adapts and self.init is not None:
-            raise UsageError("an adapter of random weights adapts nothing: train --init first")
+        if self.lora is not None or self.lora_tree is not None:
+            self.check_beside_adapter()
+            if self.init is not None:
+                raise UsageError("an adapter of random weights adapts nothing: train --init first")
+        if self.nested is not None and self.fractal is not None:
+            raise UsageError("--nested and --fractal are two ways to lay models into one; train one of them")
         for each in fields(self):
             owners = _BELONGS.get(each.name, ())
             if owners and getattr(self, each.name) != each.default and not any(getattr(self, o) for o in owners):
@@ -120,10 +139,7 @@ class Request:
                 "--leaf-devices: all leaves are computed as one pair of matrix products on the model's device, which "
                 "is what makes a tree about as fast as one LoRA; drop the option"
             )
-        if self.optimizer == "muon" and self.adapts:
-            raise UsageError("--optimizer muon is for the matrices of a model's blocks; adapters are trained by adamw")
-        if self.regularizer is not None and self.adapts:
-            raise UsageError("--regularizer shapes the model's own matrices, which stand still beside an adapter")
+        self._check_prefixes()
         if self.precision not in PRECISIONS:
             raise UsageError(f"--precision {self.precision} is not known; take one of {', '.join(PRECISIONS)}")
         if not 0 <= self.held_out < 1:
@@ -133,10 +149,37 @@ class Request:
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise UsageError(f"--epochs {self.epochs}: expected a number above 0")
 
-    @property
-    def adapts(self) -> bool:
-        """Whether an adapter is trained beside a frozen model."""
-        return self.lora is not None or self.lora_tree is not None
+    def check_beside_adapter(self) -> None:
+        """UsageError for what says something of the model's own weights: they stand still beside an adapter."""
+        if self.only:
+            raise UsageError("--only chooses tensors of the model, which stands still beside an adapter; see --target")
+        if self.optimizer == "muon":
+            raise UsageError("--optimizer muon is for the matrices of a model's blocks; adapters are trained by adamw")
+        if self.regularizer is not None:
+            raise UsageError("--regularizer shapes the model's own matrices, which stand still beside an adapter")
+        if self.dtype is not None or self.max_shard_size is not None:
+            raise UsageError("--dtype and --max-shard-size are of a whole model; an adapter is one file in float32")
+        if self.nested is not None or self.fractal is not None:
+            option = "fractal" if self.nested is None else "nested"
+            raise UsageError(f"--{option} trains the model's own weights, which stand still beside an adapter")
+
+    def _check_prefixes(self) -> None:
+        """UsageError for what prefixes cannot learn."""
+        kind, _, file = (self.hierarchy or "").partition(":")
+        if self.hierarchy is not None and (kind, bool(file)) not in (("imposed", True), ("emergent", False)):
+            raise UsageError(f"--hierarchy {self.hierarchy}: expected emergent, or imposed:FILE of categories (JSON)")
+        if self.nested_only not in (None, "embeddings"):
+            raise UsageError(f"--nested-only {self.nested_only} is not known; embeddings is")
+        if self.hierarchy is not None and self.nested_only is not None:
+            raise UsageError(
+                "--hierarchy and --nested-only ask different things of the same prefixes; give one of them"
+            )
+        if self.distill is not None and (self.hierarchy or self.nested_only):
+            raise UsageError("--distill and prefixes are two objectives; train one after the other")
+        if self.clusters is not None and kind != "emergent":
+            raise UsageError("--clusters says how many categories to find: it goes with --hierarchy emergent")
+        if not 0 < self.prefix_weight < math.inf:
+            raise UsageError(f"--prefix-weight {self.prefix_weight}: expected a number above 0")
 
     @property
     def weights(self) -> list[float] | None:
@@ -151,8 +194,8 @@ class Request:
             raise UsageError(f"--mix {self.mix}: expected a number above 0 for each --data, {len(self.data)} of them")
         return found
 
-    def recipe(self, *, context: int, batch: int, windows: int) -> Recipe:
-        """The run's recipe; `windows` is how many an epoch of the data has."""
+    def recipe(self, *, context: int, batch: int, windows: int, adapts: bool) -> Recipe:
+        """The run's recipe; `windows` is how many an epoch has, `adapts` whether an adapter is trained."""
         if self.steps is not None:
             steps = self.steps
         elif self.tokens is not None:
@@ -160,8 +203,8 @@ class Request:
         else:
             assert self.epochs is not None
             steps = max(1, round(self.epochs * windows / batch))
-        rate = (_ADAPTER_RATE if self.adapts else _RATE) if self.lr is None else self.lr
-        decay = (_ADAPTER_DECAY if self.adapts else _DECAY) if self.weight_decay is None else self.weight_decay
+        rate = (_ADAPTER_RATE if adapts else _RATE) if self.lr is None else self.lr
+        decay = (_ADAPTER_DECAY if adapts else _DECAY) if self.weight_decay is None else self.weight_decay
         return Recipe(
             steps=steps, learning_rate=rate, batch=batch,
             context=context, optimizer=self.optimizer, schedule=self.schedule, warm_up=self.warm_up, decay=self.decay,
@@ -180,6 +223,10 @@ class Request:
             if each.name in _UNSAID or value == each.default:
                 continue
             option = _option(each.name)
+            if each.name == "hierarchy" and ":" in value:
+                value = f"imposed:{Path(value.partition(':')[2]).name}"
+            if each.name in _PLACES and Path(value).expanduser().exists():
+                value = Path(value).expanduser().resolve()
             for one in value if isinstance(value, list | tuple) else (value,):
                 words += [option] if one is True else [option, _said(one)]
         return shlex.join(words)

@@ -12,15 +12,17 @@ from tlt_cli.checkpoint.writer import check_target
 from tlt_cli.cli.console import Output, Table
 from tlt_cli.cli.execute import Outcome, shard_size
 from tlt_cli.cli.training_log import check_curves
+from tlt_cli.cli.training_prefixes import hierarchy_of
 from tlt_cli.cli.training_request import Request
 from tlt_cli.cli.training_start import Subject, read_texts
 from tlt_cli.errors import UsageError
+from tlt_cli.training.saving import NOTHING
 from tlt_cli.training.state import latest, read_extra
 
 
 def check_run(request: Request, subject: Subject, output: Path, states: Path, out: Output) -> Outcome | None:
     """Refuse an output that must not be written; where --resume finds the run's output there, that is the outcome."""
-    if request.adapts and is_single_file(output):
+    if subject.adapter is not None and is_single_file(output):
         raise UsageError(f"-o {output}: an adapter is a folder of several files; give a name without a suffix")
     if request.max_shard_size is not None:
         shard_size(request.max_shard_size)
@@ -31,7 +33,8 @@ def check_run(request: Request, subject: Subject, output: Path, states: Path, ou
         report = {"operation": "train", "path": str(output), "finished": True}
         return Outcome(report, Table(("", "value"), [("steps left", 0)]))
     force = request.force or (request.resume and _done(states))
-    check_target(output, subject.values, force=force)
+    for source in (subject.source or NOTHING, *([subject.before] if subject.before is not None else [])):
+        check_target(output, source, force=force)
     if latest(states) is not None and not (request.resume or request.force or request.dry_run):
         raise UsageError(
             f"{states} holds the state of an unfinished run: --resume goes on with it, --force begins anew"
@@ -45,9 +48,12 @@ def _is_of(output: Path, request: Request, subject: Subject) -> bool:
     lineage = None if path is None else open_file(path, str(path)).lineage
     if lineage is None or lineage.get("command") != request.command(subject.name):
         return False
-    if [parent["sha256"] for parent in lineage["parents"]] != ([] if subject.digest is None else [subject.digest]):
+    if [parent["sha256"] for parent in lineage["parents"]] != subject.digests:
         return False
     texts = read_texts(request, subject, out=Output(quiet=True))
+    _, hierarchy = hierarchy_of(request, subject, texts, out=Output(quiet=True))
+    if lineage["details"].get("hierarchy", {}) != hierarchy:
+        return False
     return bool(lineage["details"]["data"] == json.loads(json.dumps(texts.info)))
 
 

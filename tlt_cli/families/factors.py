@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from tlt_cli.axes import Arrow, Dim, dim_size
 from tlt_cli.checkpoint.strict_json import shortened
@@ -127,19 +127,39 @@ def read_lowrank(config: Mapping[str, Any] | None) -> LowRank | None:
     return LowRank(ranks, dict(shared), pivoted, ffn, tuple(names), model_type, scaling, bits)
 
 
-def dense_config(config: Mapping[str, Any], lowrank: LowRank) -> dict[str, Any]:
-    """The config with the dense model's own architectures, model_type and rope_scaling, without factors and code.
+class Stock(Protocol):
+    """What config.json keeps of the stock model that an off-family checkpoint was made of."""
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """Its architectures, as config.json has them."""
+        ...
+
+    @property
+    def model_type(self) -> str | None:
+        """Its model_type."""
+        ...
+
+    @property
+    def rope_scaling(self) -> Mapping[str, Any] | None:
+        """Its rope_scaling."""
+        ...
+
+
+def dense_config(config: Mapping[str, Any], stock: Stock) -> dict[str, Any]:
+    """The config with the stock model's own architectures, model_type and rope_scaling, without factors, parts and
+    code.
 
     >>> dense_config({"model_type": "tlt", "vocab_size": 9, "lowrank": {}}, LowRank({}, model_type="llama"))
     {'model_type': 'llama', 'vocab_size': 9}
     """
-    own: dict[str, Any] = {"architectures": list(lowrank.architectures) or None}
+    own: dict[str, Any] = {"architectures": list(stock.architectures) or None}
     if config.get("model_type") == MODEL_TYPE:
-        own["model_type"] = lowrank.model_type
-    if lowrank.rope_scaling:
-        own[ROPE_SCALING] = dict(lowrank.rope_scaling)
+        own["model_type"] = stock.model_type
+    if stock.rope_scaling:
+        own[ROPE_SCALING] = dict(stock.rope_scaling)
     whole = {**config, **own}
-    gone = {KEY, DESCRIPTION, "auto_map", *(key for key, value in own.items() if value is None)}
+    gone = {KEY, "groups", DESCRIPTION, "auto_map", *(key for key, value in own.items() if value is None)}
     return {key: value for key, value in whole.items() if key not in gone}
 
 

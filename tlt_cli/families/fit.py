@@ -25,6 +25,8 @@ from tlt_cli.families.factors import (
     read_lowrank,
 )
 from tlt_cli.families.family import Family
+from tlt_cli.families.glue import PART, check_joint, dense_places, glue_places
+from tlt_cli.families.groups import Groups, check_sizes, part_config, read_groups, stored_sizes
 from tlt_cli.families.place import Place, Shapes, place, roles_of, stored
 from tlt_cli.families.rules import check_config
 from tlt_cli.families.sizes import edit_config, read_sizes
@@ -38,7 +40,9 @@ _TIE = "tie_word_embeddings"
 class Fit:
     """A family table solved for one checkpoint. `places` covers every tensor but the `dropped` ones.
 
-    `lowrank` says which matrices are stored as factors; None where all are plain.
+    `lowrank` says which matrices are stored as factors; None where all are plain. `groups` says which models lie side
+    by side, every tensor [K, ...]: arrows, sizes and places are then those of one slice, but for tensors with the axis
+    `part`, which reach across all of them. None where it is one model.
     """
 
     family: Family
@@ -49,6 +53,7 @@ class Fit:
     tied: bool
     notes: tuple[str, ...] = ()
     lowrank: LowRank | None = None
+    groups: Groups | None = None
 
     def setting(self, key: str) -> Any:
         """A key of config.json, else the table's default, else None. An explicit null stays None."""
@@ -56,7 +61,23 @@ class Fit:
 
     def sizes_of(self, place: Place) -> dict[str, int]:
         """The sizes of all axes as they are for one tensor: with its rank, and its layer's own feed-forward."""
+        if self.groups is not None and PART in place.arrow.axes:
+            glue = self.groups.glue
+            rank = {} if glue is None or glue.rank is None else {"rank": glue.rank}
+            return {**self.sizes, PART: len(self.groups.parts), **rank}
         return dict(self.sizes) if self.lowrank is None else own_sizes(self.sizes, self.family, self.lowrank, place)
+
+    def part(self, number: int) -> Fit:
+        """One of the models that lie side by side, counted from 0, as if it were alone: without glue."""
+        assert self.groups is not None
+        config = part_config(self.config, self.groups, number)
+        sizes = read_sizes(self.family, config)
+        places = {
+            name: replace(spot, arrow=self.family.rows[spot.pattern]) if PART in spot.arrow.axes else spot
+            for name, spot in self.places.items()
+            if (spot.layer is None or spot.layer < sizes["layer"]) and not (PART in spot.arrow.axes and not spot.roles)
+        }
+        return replace(self, config=config, sizes=sizes, places=places, dropped=(), notes=(), groups=None)
 
     @property
     def kv_heads(self) -> int:
@@ -87,16 +108,21 @@ def fit(
     `axes` gives sizes that shapes cannot tell, such as the number of key/value heads of a bare file.
     Raises TltError that names the first tensor that does not fit, the shape found and the shape wanted.
     """
-    lowrank = read_lowrank(config)
-    if lowrank is None:
+    lowrank, groups = read_lowrank(config), read_groups(config)
+    if lowrank is not None and groups is not None:
+        raise TltError("config.json has both groups and lowrank; models that lie side by side are not factored")
+    stock, apart = lowrank or groups, dict[str, Place]()
+    if stock is None:
         table, notes = choose(shapes, config, family)
-        apart = {}
     else:  # its own architecture is that of the code it ships; the table is the dense model's
-        dense = dense_config(config or {}, lowrank)
+        dense = dense_config(config or {}, stock)
         config = {**(config or {}), **{key: dense[key] for key in dense if key == ROPE_SCALING}}
         table, notes = choose(shapes, dense, family)
+    if lowrank is not None:
         apart = factor_places(table, lowrank)
         check_complete(table, shapes, apart)
+    if groups is not None:
+        apart = glue_places(table, groups.glue, shapes)
     places, buffers = place(shapes, table, apart)
     if config is None:
         sizes = _solve_bare(shapes, table, places, axes or {})
@@ -104,18 +130,28 @@ def fit(
         notes = (*notes, note)
     else:
         sizes = read_sizes(table, config)
+        if groups is not None:
+            sizes = stored_sizes(table, groups, sizes)
+            places = dense_places(table, groups.dense, places)
+            check_joint(groups.glue, groups.dense, sizes["layer"], places)
         for axis, size in (axes or {}).items():
             if axis not in sizes:
                 raise TltError(f"--axis {axis}: {table.name} has no such axis; it has {bindings(sizes)}")
             if sizes[axis] != size:
                 raise TltError(f"--axis {axis}={size}, but config.json says {axis}={sizes[axis]}")
-    solved = Fit(table, dict(config), sizes, places, tuple(buffers), tied=False, notes=notes, lowrank=lowrank)
-    check_config(table.rules, (*table.biases, _TIE), solved.setting, layers=sizes["layer"])
+    solved = Fit(
+        table, dict(config), sizes, places, tuple(buffers), tied=False, notes=notes, lowrank=lowrank, groups=groups
+    )  # fmt: skip
+    for one in [solved] if groups is None else [solved, *map(solved.part, range(len(groups.parts)))]:
+        check_config(table.rules, (*table.biases, _TIE), one.setting, layers=one.sizes["layer"])
     tied = bool(table.tied) and bool(solved.setting(_TIE))
     places, aliases = _tie(table, places, tied)
     solved = replace(solved, places=places, dropped=(*buffers, *aliases), tied=tied)
     if lowrank is not None:
         check_ranks(sizes, table, lowrank)
+    if groups is not None:
+        for number in range(len(groups.parts)):
+            check_sizes(sizes, solved.part(number).sizes, number)
     _check_shapes(shapes, solved)
     _check_presence(solved)
     return solved
@@ -172,14 +208,15 @@ def _made_up_config(table: Family, places: Mapping[str, Place], sizes: Mapping[s
 
 
 def _check_shapes(shapes: Shapes, fit: Fit) -> None:
+    count = () if fit.groups is None else (len(fit.groups.parts),)
     for name, spot in fit.places.items():
         sizes = fit.sizes_of(spot)
-        wanted = shape(spot.arrow, sizes)
+        wanted = (*(() if PART in spot.arrow.axes else count), *shape(spot.arrow, sizes))
         if tuple(shapes[name]) != wanted:
             own = {axis: size for axis, size in sizes.items() if axis in spot.arrow.axes}
             raise TltError(
                 f"{name} is {list(shapes[name])}, but the {fit.family.name} table says '{spot.arrow}' = {list(wanted)} "
-                f"with {bindings(own)}"
+                f"with {bindings(own)}" + (f" in {count[0]} groups" if count else "")
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +34,11 @@ class Distance:
 def compare(first: Decoder, second: Decoder, ids: torch.Tensor) -> Distance:
     """The distance on ids [B, T], over the first model's words. Raises TltError where logits are not finite."""
     vocab = first.description["vocab"]
-    before = first(ids.to(first.device)).cpu()
-    after = second(ids.to(second.device))[..., :vocab].cpu()
+    return distance(first(ids.to(first.device)).cpu(), second(ids.to(second.device))[..., :vocab].cpu())
+
+
+def distance(before: torch.Tensor, after: torch.Tensor) -> Distance:
+    """The distance of two models' logits [B, T, V]. Raises TltError where they are not finite."""
     for name, logits in (("source", before), ("output", after)):
         if not bool(torch.isfinite(logits).all()):
             raise TltError(f"the {name}'s logits are not finite: its weights are broken or too large for its dtype")
@@ -46,9 +50,17 @@ def compare(first: Decoder, second: Decoder, ids: torch.Tensor) -> Distance:
         same += int(row.argmax() == other.argmax())
     return Distance(
         max_logit=largest,
-        deviation=float(before.double().std()) if before.numel() < 1 << 24 else float(before.std()),
+        deviation=_deviation(before),
         kl=max(0.0, sum(kls) / len(kls)),
         max_kl=max(0.0, *kls),
         same_top=same / len(kls),
         tokens=len(kls),
     )
+
+
+def _deviation(logits: torch.Tensor) -> float:
+    """The standard deviation of all entries, summed in float64 a position at a time."""
+    rows, count = logits.flatten(0, -2), logits.numel()
+    mean = sum(float(row.double().sum()) for row in rows) / count
+    squares = sum(float((row.double() - mean).square().sum()) for row in rows)
+    return math.sqrt(squares / (count - 1)) if count > 1 else math.nan

@@ -13,14 +13,16 @@ from torch import Tensor
 from tlt_cli.checkpoint.planned import Tensors
 
 Index = NDArray[np.int64]
-_BLOCK = 1 << 20  # elements that are read at a time
+_BLOCK = 1 << 20  # elements of the parent that are kept of one block of rows
+_SPAN = 4  # how many times as many rows may be read in one go as are kept
 
 
 @dataclass(frozen=True, eq=False)
 class Cut:
     """One tensor of a part: entries of each stored dim of the parent's `source` (None: all), times `factors` by dim.
 
-    A gain stored as w + `offset` is multiplied with its offset. `shape` is that of the result.
+    A gain stored as w + `offset` is multiplied with its offset. `shape` is that of the result, `row` the number of
+    entries of one row of the parent's.
     """
 
     source: str
@@ -28,11 +30,27 @@ class Cut:
     kept: tuple[Index | None, ...]
     factors: Mapping[int, NDArray[np.float64]] = field(default_factory=dict)
     offset: float = 0.0
+    row: int = 1
 
     @property
     def plain(self) -> bool:
         """Whether the tensor goes over as it is."""
         return not self.factors and all(kept is None for kept in self.kept)
+
+    @property
+    def rows(self) -> tuple[int, int] | None:
+        """The rows [start, stop) of the parent's tensor that the part's is, byte for byte; None where it is not."""
+        if self.factors or any(kept is not None for kept in self.kept[1:]):
+            return None
+        first = np.arange(self.shape[0]) if self.kept[0] is None else self.kept[0]
+        if np.any(np.diff(first) != 1):
+            return None
+        return int(first[0]), int(first[-1]) + 1
+
+    @property
+    def work(self) -> int:
+        """Peak bytes of memory that computing takes, roughly."""
+        return 8 * (_SPAN + 3) * max(_BLOCK, self.row) if len(self.shape) > 1 else 24 * self.shape[0]
 
     def of(self, parent: Tensor, first: int = 0) -> Tensor:
         """The part's tensor [*shape] of the parent's, differentiably; a view where entries follow each other.
@@ -52,25 +70,30 @@ class Cut:
         return found - self.offset if self.offset else found
 
     def __call__(self, tensors: Tensors) -> Iterator[Tensor]:
-        """Consecutive blocks of the part's rows, in float32 or better, with a few MB of the parent's in memory."""
-        rows = self.kept[0]
+        """Consecutive blocks of the part's rows, with a few MB of the parent's in memory: as they are stored where
+        entries only move, else in float32 or better."""
         if len(self.shape) == 1:
-            yield self.of(tensors.read(self.source).double())
+            # in float64, for a gain stored as 1 + w must come back from its sum with 1
+            vector = tensors.read(self.source)
+            yield self.of(vector.double() if self.factors else vector).contiguous()
             return
-        count = self.shape[0]
-        wide = max(self.shape[1:][0], 1)
-        step = max(1, _BLOCK // wide)
-        for start in range(0, count, step):
-            some = np.arange(start, min(count, start + step)) if rows is None else rows[start : start + step]
-            low, high = int(some.min()), int(some.max()) + 1
-            block = tensors.read_rows(self.source, low, high)
+        step = max(1, _BLOCK // self.row)
+        for start in range(0, self.shape[0], step):
+            stop = min(self.shape[0], start + step)
+            rows = np.arange(start, stop) if self.kept[0] is None else self.kept[0][start:stop]
+            block = _read_rows(tensors, self.source, rows)
             block = block if block.dtype == torch.float64 or not self.factors else block.float()
-            factors = {
-                dim: factors[start : start + step] if dim == 0 else factors for dim, factors in self.factors.items()
-            }
-            piece = replace(self, kept=(some, *self.kept[1:]), factors=factors)
-            found = piece.of(block, low)
-            yield (found if found.dtype == torch.float64 else found.float()).contiguous()
+            factors = {dim: by[start:stop] if dim == 0 else by for dim, by in self.factors.items()}
+            yield replace(self, kept=(None, *self.kept[1:]), factors=factors).of(block).contiguous()
+
+
+def _read_rows(tensors: Tensors, name: str, rows: Index) -> Tensor:
+    """Rows of a stored tensor in any order: of one stretch where they lie close, else run by run."""
+    low, high = int(rows.min()), int(rows.max()) + 1
+    if high - low <= _SPAN * len(rows):
+        return _take(tensors.read_rows(name, low, high), 0, rows - low)
+    runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+    return torch.cat([tensors.read_rows(name, int(run[0]), int(run[-1]) + 1) for run in runs])
 
 
 def _take(tensor: Tensor, dim: int, kept: Index) -> Tensor:

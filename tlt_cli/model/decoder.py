@@ -13,12 +13,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 Fetch = Callable[[str], Tensor]
 FetchRows = Callable[[str, Tensor], Tensor]
 
 HEAD_ROWS = 16384  # words of the vocabulary whose logits are computed at a time
+_STREAMED_ENTRIES = 1 << 20  # of the head that a decoder without weights fetches at a time
 STEM = ("embedding", "positions", "final_norm", "head")
 NORMS = ("attention_norm", "query_norm", "key_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm", "final_norm")
 
@@ -155,6 +157,28 @@ def unpivot(rows: Tensor, size: int) -> Tensor:
     return torch.where(kept, kept.cumsum(0) - 1, len(rows) - 1 + (~kept).cumsum(0))
 
 
+class _RootMeanSquare(torch.autograd.Function):
+    """x [..., n] over its root-mean-square, times a gain [n]: for the way back x is kept and nothing else of its size.
+
+    With r = (mean x^2 + epsilon)^(-1/2) and h = gradient * gain the gradient of x is r h - x r^3 sum(h x) / n.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+        inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+        ctx.save_for_backward(x, gain, inverse)
+        return (x * inverse).mul_(gain)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, gain, inverse = ctx.saved_tensors
+        own = gradients[0] * gain
+        along = (own * x).sum(-1, keepdim=True) * inverse.pow(3) / -x.shape[-1]
+        of_gain = (gradients[0] * x * inverse).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return own.mul_(inverse).addcmul_(x, along), of_gain, None
+
+
 class Decoder(nn.Module):
     """A causal language model as its description says: ids [B, T] in, logits [B, T, V] out.
 
@@ -230,6 +254,11 @@ class Decoder(nn.Module):
         return self._like.device if self._fetch is not None else next(self.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self._like.dtype if self._fetch is not None else next(self.parameters()).dtype
+
+    @property
     def adapter(self) -> Adapter | None:
         """What changes the linears, if anything."""
         return self._adapter[0] if self._adapter else None
@@ -256,6 +285,11 @@ class Decoder(nn.Module):
     def stored(self) -> dict[str, Tensor]:
         """All tensors of the checkpoint by name: parameters, row numbers of pivoted factors, codes of coded ones."""
         return {name: getattr(module, leaf) for name, (module, leaf) in self._leaves.items()}
+
+    @property
+    def vectors(self) -> set[str]:
+        """The names of gains and biases: what is stored and no matrix."""
+        return {name for name, shape in self._shapes() if len(shape) < 2}
 
     def initialize(self, deviation: float = 0.02, generator: torch.Generator | None = None) -> None:
         """Start values for training from nothing: normal matrices, unit gains, zero biases."""
@@ -299,7 +333,9 @@ class Decoder(nn.Module):
         else:
             self._held = None
             wanted, inverse = torch.unique(ids, return_inverse=True)
-            found = self._fetch_rows(name, wanted).to(self._like)[inverse]
+            found = self._fetch_rows(name, wanted).to(self._like)
+            if not torch.equal(wanted, ids):  # a stretch of rows is not copied once more
+                found = found[inverse]
         return found if scale is None else found * self.weight(scale)[ids, None]
 
     def linear(self, x: Tensor, role: str, layer: int, inner: dict[str, Tensor] | None = None) -> Tensor:
@@ -364,6 +400,9 @@ class Decoder(nn.Module):
             gain = gain + offset if offset else gain
             return functional.layer_norm(x, (x.shape[-1],), gain, bias, epsilon)
         wide = x if x.dtype == torch.float64 else x.float()
+        if wide is x and x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            scaled: Tensor = _RootMeanSquare.apply(x, offset + gain.to(x.dtype) if offset else gain, epsilon)  # type: ignore[no-untyped-call]
+            return scaled if bias is None else scaled + bias
         unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
         # where gains are stored as 1 + w the sum needs the wide type: near 1 a bfloat16 loses most of w
         scaled = (unit * (offset + gain.to(wide.dtype))).to(x.dtype) if offset else gain * unit.to(x.dtype)
@@ -428,11 +467,16 @@ class Decoder(nn.Module):
             first[:, 1:] = documents[:, 1:] != documents[:, :-1]
             positions = positions - torch.where(first, positions, 0).cummax(-1).values
         rotations = {}
-        for name, rope in self.description["ropes"].items():
-            angles = positions[..., None].to(wide) * frequencies(rope, self.description["head_dim"], wide, like.device)
-            angles = angles if positions.dim() == 1 else angles[:, None]
+        for name in self.description["ropes"]:
+            angles = self.angles(name, positions.to(wide))
             rotations[name] = angles.cos().to(like.dtype), angles.sin().to(like.dtype)
         return Step(start, length, positions, rotations, cache, present, documents)
+
+    def angles(self, name: str, positions: Tensor) -> Tensor:
+        """How far each pair of a head turns at positions [T] or [B, T]: [T, D/2] or [B, 1, T, D/2]."""
+        rope, head_dim = self.description["ropes"][name], self.description["head_dim"]
+        turned = positions[..., None] * frequencies(rope, head_dim, positions.dtype, positions.device)
+        return turned if positions.dim() == 1 else turned[:, None]
 
     def embed(self, ids: Tensor, step: Step) -> Tensor:
         """ids [B, T] -> the residual stream [B, T, H], learned positions included."""
@@ -478,9 +522,7 @@ class Decoder(nn.Module):
             query = self.normalize(query, "query_norm", layer)
         if "key_norm" in data["roles"]:
             key = self.normalize(key, "key_norm", layer)
-        if data["rotary"][layer] is not None:
-            rotation = step.rotations[data["rotary"][layer]]
-            query, key = rotate(query, rotation), rotate(key, rotation)
+        query, key = self.turn(query, key, layer, step)
         if step.cache is not None:
             key, value = step.cache.extend(layer, key, value)
         group = data["heads"] // data["kv_heads"]
@@ -499,6 +541,13 @@ class Decoder(nn.Module):
             mixed = scores.softmax(dim=-1, dtype=wide).to(x.dtype) @ value
         return self.linear(mixed.transpose(1, 2).flatten(2), "output", layer)
 
+    def turn(self, query: Tensor, key: Tensor, layer: int, step: Step) -> tuple[Tensor, Tensor]:
+        """Queries and keys [B, heads, T, D] turned by their positions, where this layer turns them."""
+        name = self.description["rotary"][layer]
+        if name is None:
+            return query, key
+        return rotate(query, step.rotations[name]), rotate(key, step.rotations[name])
+
     def logits(self, x: Tensor) -> Tensor:
         """The residual stream [B, T, H] -> logits [B, T, V]."""
         return self.head(self.normalize(x, "final_norm"))
@@ -513,8 +562,8 @@ class Decoder(nn.Module):
             x = functional.linear(x, self.factor(f"{self._shared.get(slot, slot)}.lowrank_a.weight"))
             name, transposed = f"{slot}.lowrank_b.weight", False
         chunks = []
-        for first in range(0, vocab, HEAD_ROWS):
-            last = min(first + HEAD_ROWS, vocab)
+        for first in range(0, vocab, self._head_rows):
+            last = min(first + self._head_rows, vocab)
             if self._fetch_rows is not None and not transposed:
                 rows = self.rows(name, torch.arange(first, last, device=x.device))
             else:
@@ -525,6 +574,13 @@ class Decoder(nn.Module):
         logits = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=-1)
         cap = data["final_softcap"]
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @property
+    def _head_rows(self) -> int:
+        """Words whose logits are computed at a time."""
+        if self._fetch_rows is None:
+            return HEAD_ROWS
+        return min(HEAD_ROWS, max(256, _STREAMED_ENTRIES // int(self.description["hidden"])))
 
     # --- names and shapes --------------------------------------------------------------------------------------
 
@@ -554,7 +610,7 @@ class Decoder(nn.Module):
         for role, spot in data["roles"].items():
             layers: Iterable[int] = [0] if role in STEM else self._layers()
             for layer in layers:
-                shape = self.sizes(layer)[role]
+                shape = self._stored_sizes(layer)[role]
                 name, part, slot = self._slot(spot, layer)
                 if slot in self._ranks:
                     yield from self._factors(slot, shape)
@@ -568,6 +624,9 @@ class Decoder(nn.Module):
 
     def sizes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Outputs and inputs of every role's matrix in this layer, and the entries of every norm."""
+        return self._stored_sizes(layer)
+
+    def _stored_sizes(self, layer: int) -> dict[str, tuple[int, ...]]:
         data = self.description
         hidden, heads, kv = data["hidden"], data["heads"] * data["head_dim"], data["kv_heads"] * data["head_dim"]
         ffn = self._ffn.get(str(layer), data["ffn"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from tlt_cli.axes import Arrow
 from tlt_cli.errors import TltError
-from tlt_cli.families.factors import LEFT, find_slot
+from tlt_cli.families.factors import LEFT, dense_config, find_slot
 from tlt_cli.families.fit import Fit, Place
+from tlt_cli.families.groups import Groups
 from tlt_cli.families.layers import rotating_layers, sliding_layers
 from tlt_cli.families.place import roles_of
 from tlt_cli.model.decoder import ACTIVATIONS
@@ -16,10 +18,19 @@ from tlt_cli.model.decoder import ACTIVATIONS
 FULL, SLIDING = "full", "sliding"
 _NESTED = {FULL: "full_attention", SLIDING: "sliding_attention"}
 _RULE_KEYS = ("rotary_layers", "layer_types")
+# What models that lie side by side need not have in common, beside the sizes that are stored.
+OF_ONE_PART = (
+    "hidden", "layers", "heads", "kv_heads", "head_dim", "positions", "epsilon", "embedding_scale", "softmax_scale",
+    "ropes",
+)  # fmt: skip
+
+JOINT = ("glue", "dense")  # of what config.json says of groups, what the decoder takes as it is
 
 
 def describe(fit: Fit) -> dict[str, Any]:
     """The decoder's description: JSON-able. Raises TltError for what the decoder would compute wrongly."""
+    if fit.groups is not None:
+        return _side_by_side(fit, fit.groups)
     rules = fit.family.rules
     _refuse(fit)
     slides, turns = sliding_layers(fit), rotating_layers(fit)
@@ -49,7 +60,20 @@ def describe(fit: Fit) -> dict[str, Any]:
         "tied": fit.tied,
         "roles": _roles(fit),
         "lowrank": None if fit.lowrank is None else fit.lowrank.data(),
+        "groups": None,
     }
+
+
+def _side_by_side(fit: Fit, groups: Groups) -> dict[str, Any]:
+    """One part at the sizes that are stored, and what differs from it in each part."""
+    whole = describe(replace(fit, config=dense_config(fit.config, groups), groups=None))
+    parts = []
+    for number in range(len(groups.parts)):
+        own = describe(fit.part(number))
+        own["softmax_scale"] += whole["softmax_scale"][len(own["softmax_scale"]) :]
+        parts.append({key: own[key] for key in OF_ONE_PART if own[key] != whole[key]})
+    joint = {key: groups.data()[key] for key in JOINT if key in groups.data()}
+    return {**whole, "groups": {"weights": list(groups.weights), "parts": parts, **joint}}
 
 
 def _rule(fit: Fit, rule: str) -> Any:

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from tlt_cli.errors import TltError
+from tlt_cli.errors import TltError, UsageError
 from tlt_cli.families import Fit
+from tlt_cli.model.cut import Index
 from tlt_cli.model.part import Part, whole
 
 SIZES = ("dim", "ffn", "heads", "kv_heads", "head_dim", "layers")
@@ -83,10 +84,13 @@ def prefix(fit: Fit, sizes: Mapping[str, int], *, norm: str = "sliced", rules: s
     )  # fmt: skip
 
 
-def block(fit: Fit, number: int, count: int, *, norm: str = "sliced", rules: str = "parent") -> Part:
+def block(
+    fit: Fit, number: int, count: int, *, split: int | None = None, norm: str = "sliced", rules: str = "parent"
+) -> Part:
     """Block `number`, from 1, of the `count` on the diagonal: that share of the stream, of neurons, and of heads.
 
-    Where key/value heads do not suffice for all blocks, heads are shared out first and then each head's entries.
+    Where key/value heads do not suffice for all blocks, heads are shared out first and then each head's entries. With
+    `split` the blocks lie inside one another, each of `split` smaller ones, and share in that order.
     Raises TltError, with the counts that work, where an axis does not split.
     """
     if not 1 <= number <= count:
@@ -98,17 +102,19 @@ def block(fit: Fit, number: int, count: int, *, norm: str = "sliced", rules: str
             f"heads of {fit.head_dim} entries do not all split into {count} blocks; these work: "
             f"{', '.join(legal) or 'none'}"
         )
-    at, group = number - 1, fit.heads // fit.kv_heads
-    among = math.gcd(count, fit.kv_heads)
-    inner = count // among
-    kv = _share(fit.kv_heads, at // inner, among)
+    at, group, every = number - 1, fit.heads // fit.kv_heads, whole(fit)
+    kv, entries, left, rest, size = np.arange(fit.kv_heads), every.entries, count, at, split or count
+    while left > 1:  # into the block that holds the one looked for, and on inside it
+        left //= size
+        own, rest = divmod(rest, left)
+        among = math.gcd(size, len(kv))
+        inner = size // among
+        kv, entries = _share(kv, own // inner, among), _share(entries, own % inner, inner)
     heads = (kv[:, None] * group + np.arange(group)[None]).ravel()
-    every = whole(fit)
     layers = len(every.layers)
     return replace(
-        every, hidden=_share(fit.sizes["hidden"], at, count), ffn=(_share(fit.sizes["ffn"], at, count),) * layers,
-        kv=(kv,) * layers, heads=(heads,) * layers,
-        entries=_share(len(every.entries), at % inner, inner), norm=norm, rules=rules,
+        every, hidden=_share(every.hidden, at, count), ffn=(_share(every.ffn[0], at, count),) * layers,
+        kv=(kv,) * layers, heads=(heads,) * layers, entries=entries, norm=norm, rules=rules,
     )  # fmt: skip
 
 
@@ -164,7 +170,7 @@ def levels(fit: Fit) -> tuple[Level, ...]:
         for at in range(1, depth):
             count = split**at
             found += [
-                Level(at, number, count, block(fit, number, count, norm=str(fractal.get("norm")), rules="own"))
+                Level(at, number, count, block(fit, number, count, split=split, norm="sliced", rules="own"))
                 for number in range(1, count + 1)
             ]
     return tuple(found)
@@ -192,6 +198,30 @@ def level_at(fit: Fit, level: int | None, chosen: tuple[int, int] | None) -> Lev
     there = sorted({(each.level, each.blocks) for each in known})
     said = ", ".join(f"--level {at}" + (f" --block 1/{n} to {n}/{n}" if n > 1 else "") for at, n in there)
     raise TltError(f"{asked}: the model has no such part; it has {said}")
+
+
+def block_part(fit: Fit, number: int, count: int, *, norm: str = "sliced") -> Level:
+    """The part that `--block K/N` alone names: a block that the model was trained with, or else, where config.json
+    names no levels, one of the N on the diagonal, run by the whole's rules."""
+    if NESTED in fit.config or FRACTAL in fit.config:
+        return level_at(fit, None, (number, count))
+    return Level(1, number, count, block(fit, number, count, norm=norm))
+
+
+def parse_block(text: str) -> tuple[int, int]:
+    """ "3/16" -> (3, 16). Raises UsageError for what is no block, counted from 1.
+
+    >>> parse_block("3/16")
+    (3, 16)
+    """
+    number, sign, count = text.partition("/")
+    whole = [word.strip() for word in (number, count)]
+    if not sign or not all(word.isascii() and word.isdigit() for word in whole):
+        raise UsageError(f"--block {text}: expected a block and how many there are, counted from 1, such as 2/4")
+    found = int(whole[0]), int(whole[1])
+    if not 1 <= found[0] <= found[1]:
+        raise UsageError(f"--block {text}: blocks are counted from 1 to {max(1, found[1])}")
+    return found
 
 
 def stated(levels: Sequence[Mapping[str, int]]) -> dict[str, Any]:
@@ -226,7 +256,7 @@ def _listed(stated: Any) -> list[dict[str, int]]:
     return listed
 
 
-def _entries(fit: Fit, head_dim: int, *, strided: bool) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _entries(fit: Fit, head_dim: int, *, strided: bool) -> Index:
     """Which entries of a head the first `head_dim` are: rotary pairs, where positions rotate."""
     size = fit.sizes[fit.family.head_size_axis]
     if "rotary" not in fit.sizes:
@@ -237,8 +267,9 @@ def _entries(fit: Fit, head_dim: int, *, strided: bool) -> np.ndarray[Any, np.dt
     return np.arange(pairs) * (size // pairs) if strided and size % pairs == 0 else np.arange(pairs)
 
 
-def _share(size: int, at: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return np.arange(size // count) + at * (size // count)
+def _share(entries: Index, at: int, count: int) -> Index:
+    size = len(entries) // count
+    return entries[at * size : (at + 1) * size]
 
 
 def _option(name: str) -> str:

@@ -25,6 +25,7 @@ from tlt_cli.axes import Dim, shape
 from tlt_cli.errors import TltError
 from tlt_cli.families import Fit, Place
 from tlt_cli.families.factors import refuse_factored
+from tlt_cli.families.groups import refuse_grouped
 from tlt_cli.families.layers import move_patterns
 from tlt_cli.families.place import renamed
 from tlt_cli.families.rotation import with_factor, with_power
@@ -81,6 +82,7 @@ class Child:
 def child(fit: Fit, part: Part) -> Child:
     """What the part is as a checkpoint. Raises TltError for what the family cannot have or cannot be kept exactly."""
     refuse_factored(fit.lowrank, "slicing")
+    refuse_grouped(fit.groups, "slicing by size")
     bare = [place.name for place in fit.places.values() if not place.roles]
     if bare or not fit.family.roles:
         raise TltError(
@@ -114,15 +116,14 @@ def child(fit: Fit, part: Part) -> Child:
 def inside(decoder: Decoder, part: Child) -> Decoder:
     """The part run in its parent: a decoder without weights that reads the parent's through the part's cuts.
 
-    Gradients reach the parent's weights. It makes caches of its own, for generating.
+    Gradients reach the parent's weights, unless it streams too. It makes caches of its own, for generating.
     """
 
     def fetch(name: str) -> Tensor:
         cut = part.cuts[name]
         return cut.of(decoder.weight(cut.source))
 
-    like = next(decoder.parameters())
-    return Decoder.stream(describe(part.fit), fetch, device=like.device, dtype=like.dtype)
+    return Decoder.stream(describe(part.fit), fetch, device=decoder.device, dtype=decoder.dtype)
 
 
 def _sizes(fit: Fit, part: Part) -> dict[str, int]:
@@ -187,11 +188,8 @@ def _rotation(fit: Fit, config: Mapping[str, Any], pairs: Index) -> dict[str, An
                 "config.json scales its rotation dynamically, which beyond the trained length depends on head_dim; "
                 "keep whole heads"
             )
-        theta = rope["theta"]
-        if first and len(describe(fit)["ropes"]) > 1:
-            raise TltError("layers rotate at different bases; keep the first rotary pairs, or every nth from the first")
-    made = dict(config) if step * new == old else with_power(fit, config, new / old)
-    return with_factor(fit, made, float(theta) ** (first / old)) if first else made
+    made = with_factor(fit, config, first / old) if first else dict(config)
+    return made if step * new == old else with_power(fit, made, new / old)
 
 
 def _cut(fit: Fit, part: Part, made: Fit, factors: _Factors, place: Place, layer: int | None) -> Cut:
@@ -210,16 +208,18 @@ def _cut(fit: Fit, part: Part, made: Fit, factors: _Factors, place: Place, layer
             for index, size in zip(kept, shape(place.arrow, fit.sizes), strict=True)
         ),
         factors={dim: by for dim, by in multiply.items() if not np.all(by == 1.0)}, offset=offset,
+        row=math.prod(shape(place.arrow, fit.sizes)[1:]),
     )  # fmt: skip
 
 
 def _gain(fit: Fit, part: Part, made: Fit, factors: _Factors, place: Place, layer: int | None) -> float:
-    """By what a norm's gain, or its bias, is multiplied."""
-    role = place.roles[0]
-    gain = part.gains.get((role, place.layer), 1.0) if place.kind == "weight" else 1.0
-    if role in _HEAD_NORMS:
-        return gain * factors.head_gain * (_temperature(fit, part, made, layer) if role == "query_norm" else 1.0)
-    return gain * factors.gain / (_embedded(fit, part, made) if role == "final_norm" and fit.tied else 1.0)
+    """By what a norm's gain, or its bias, is multiplied: a bias by what the output is, whatever the norm's inputs."""
+    role, found = place.roles[0], 1.0
+    if place.kind == "weight":
+        found = part.gains.get((role, place.layer), 1.0) * (factors.head_gain if role in _HEAD_NORMS else factors.gain)
+    if role == "query_norm":
+        return found * _temperature(fit, part, made, layer)
+    return found / (_embedded(fit, part, made) if role == "final_norm" and fit.tied else 1.0)
 
 
 def _written(

@@ -39,7 +39,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 class PeftFolder:
     """A LoRA on disk whose headers are known. `base` is the name that the config gives, with the revision behind an @;
     `base_digest` is the base's, where tlt wrote the folder. `modules` and `alphas` have each module's rank and alpha
-    by its name in the stock class."""
+    by its name in the stock class. `dropout` is what it was trained with; nothing here drops anything."""
 
     kind = "LoRA"
 
@@ -51,6 +51,7 @@ class PeftFolder:
     alphas: dict[str, float]
     rslora: bool
     tensors: Checkpoint
+    dropout: float = 0.0
 
     def load(self, decoder: Decoder, prefix: str, *, dtype: torch.dtype) -> Lora:
         """The adapter for a decoder of its base, on its device; `prefix` is the family's, which the file may lack.
@@ -139,6 +140,9 @@ def open_peft(folder: Path, source: str) -> PeftFolder:
     if named is not None and not isinstance(named, str):
         raise TltError(f"{where}: base_model_name_or_path must be a name or a path, not {named!r}")
     base = f"{named}@{revision}" if named and isinstance(revision, str) and revision else named
+    dropout = config.get("lora_dropout") or 0.0
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
+        raise TltError(f"{where}: lora_dropout must be a share from 0 to 1, not {dropout!r}")
     parents = (tensors.lineage or {}).get("parents")
     parent = parents[0] if isinstance(parents, list) and parents and isinstance(parents[0], dict) else {}
     digest = parent.get("sha256")
@@ -151,6 +155,7 @@ def open_peft(folder: Path, source: str) -> PeftFolder:
         alphas=alphas,
         rslora=bool(config.get("use_rslora")),
         tensors=tensors,
+        dropout=dropout,
     )
 
 

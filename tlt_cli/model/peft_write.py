@@ -30,6 +30,7 @@ def write_peft(
     base: Checkpoint,
     prefix: str,
     command: str,
+    before: Checkpoint | None = None,
     operation: str = "train",
     details: Mapping[str, Any] = {},
     force: bool = False,
@@ -37,12 +38,13 @@ def write_peft(
 ) -> Written:
     """Write the adapter of `base` to a new folder: PEFT's two files and a card, the base's digest in the lineage.
 
-    `prefix` is the family's: names get it where the base's file lacks it. `details` go into the lineage; `check` is
-    given the complete folder before it takes its name. Raises TltError, with nothing written, where it cannot be.
+    `prefix` is the family's: names get it where the base's file lacks it. `before` is the adapter that this one was
+    trained on from, if any. `details` go into the lineage; `check` is given the complete folder before it takes its
+    name. Raises TltError, with nothing written, where it cannot be.
     """
     if is_single_file(output):
         raise UsageError(f"{output}: an adapter is a folder of two files; give a name without a suffix")
-    lineage = record.lineage(base, operation=operation, command=command, details=details)
+    lineage = record.adapter_lineage(base, before, operation=operation, command=command, details=details)
     values: dict[str, Tensor] = {}
     for site, _, a, b in lora.matrices():
         name = stock_name(site.module, prefix)
@@ -110,4 +112,4 @@ def _plain(number: float) -> int | float:
 
 
 def _value(value: Tensor, _: Tensors) -> Iterable[Tensor]:
-    yield value.cpu()
+    yield value.cpu().contiguous()

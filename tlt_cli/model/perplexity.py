@@ -39,14 +39,10 @@ def perplexity(
     rows = windows(ids, context)
     if decoder.longest is not None and rows.shape[1] > decoder.longest:
         raise TltError(f"--context {rows.shape[1]} is more than the model's {decoder.longest} positions")
-    device = decoder.device
     total, tokens = 0.0, rows.shape[0] * (rows.shape[1] - 1)
     for first in range(0, len(rows), batch):
-        some = rows[first : first + batch].to(device)
-        logits = decoder(some)[:, :-1]
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        losses = functional.cross_entropy(wide.flatten(0, 1), some[:, 1:].flatten(), reduction="none")
-        loss = float(losses.double().sum())
+        some = rows[first : first + batch]
+        loss = summed_loss(decoder, some)
         if not math.isfinite(loss):
             raise TltError(f"the loss is {loss} in windows {first} to {first + len(some) - 1}: the weights are broken")
         total += loss
@@ -58,3 +54,13 @@ def perplexity(
     except OverflowError:
         value = math.inf
     return {"perplexity": value, "nll": mean, "tokens": tokens}
+
+
+@torch.no_grad()
+def summed_loss(decoder: Decoder, rows: torch.Tensor) -> float:
+    """The loss of windows [n, T], summed in float64 over every position but each window's first."""
+    rows = rows.to(decoder.device)
+    logits = decoder(rows)[:, :-1]
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    losses = functional.cross_entropy(wide.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
+    return float(losses.double().sum())

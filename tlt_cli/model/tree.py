@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tlt_cli.errors import TltError
 from tlt_cli.model.decoder import Decoder, Step
 from tlt_cli.model.sites import Site, choose, reading_alike, sites
 from tlt_cli.model.tree_routes import causal_mean, entropy, greedy, log_reach, one_path, spread, unit, wide
@@ -30,6 +31,8 @@ class Tree(nn.Module):
 
     Nothing that a call computes depends on later tokens or on other rows. `hard` is how a tree is served: each router
     says yes or no. `locked` keeps to one leaf whatever the routers say: its number, or one for each layer.
+
+    Raises TltError for targets that mean no module, and for a rank that a module cannot have.
     """
 
     def __init__(
@@ -48,7 +51,12 @@ class Tree(nn.Module):
         self.locked: int | Sequence[int] | None = None
         self.level, self.temperature, self.straight = shape.depth, 1.0, False
         self.sites = choose(sites(decoder), shape.targets)
-        self.layers, hidden = int(decoder.description["layers"]), int(decoder.description["hidden"])
+        for site in self.sites:
+            if shape.rank > (full := min(site.inputs, sum(site.outputs))):
+                raise TltError(
+                    f"--rank {shape.rank}: a tree of LoRAs of that rank beside {site.module}: wanted 1 to {full}"
+                )
+        self.layers, hidden = int(decoder.description["layers"]), decoder.sizes(0)["output"][0]
         generator, width = torch.Generator().manual_seed(seed), shape.nodes * shape.rank
         self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
         self._spots: dict[tuple[str, int], tuple[str, int, str, int, int]] = {}  # stack, piece, key of B, part, parts

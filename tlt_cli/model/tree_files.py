@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,7 +172,7 @@ def open_tree(folder: Path, source: str) -> TreeFolder:
         raise TltError(f"{where}: cannot read: {error.strerror}") from error
     if not (folder / WEIGHTS).is_file():
         raise TltError(f"{folder}: has {CONFIG} but no {WEIGHTS}")
-    tensors = open_file(folder / WEIGHTS, f"{folder / WEIGHTS}")
+    tensors = replace(open_file(folder / WEIGHTS, f"{folder / WEIGHTS}"), location=folder)  # nobody writes into it
     named, revision = (_text(config, key, where) for key in ("base_model_name_or_path", "revision"))
     return TreeFolder(
         source=source,
@@ -190,6 +190,7 @@ def write_tree(
     *,
     base: Checkpoint,
     command: str,
+    before: Checkpoint | None = None,
     operation: str = "train",
     details: Mapping[str, Any] = {},
     force: bool = False,
@@ -197,13 +198,13 @@ def write_tree(
 ) -> Written:
     """Write the tree beside `base` to a new folder: two files and a card, the base's digest in both.
 
-    What routers are divided by is in the file already: what is loaded has the temperature 1. `details` go into the
-    lineage; `check` is given the complete folder before it takes its name. Raises TltError, with nothing written, where
-    it cannot be.
+    What routers are divided by is in the file already: what is loaded has the temperature 1. `before` is the tree that
+    this one was trained on from, if any. `details` go into the lineage; `check` is given the complete folder before it
+    takes its name. Raises TltError, with nothing written, where it cannot be.
     """
     if is_single_file(output):
         raise UsageError(f"{output}: a tree is a folder of two files; give a name without a suffix")
-    lineage = record.lineage(base, operation=operation, command=command, details=details)
+    lineage = record.adapter_lineage(base, before, operation=operation, command=command, details=details)
     tensors = [
         PlannedTensor(name, tuple(value.shape), "F32", name, partial(_value, value), file=WEIGHTS)
         for name, value in _tensors(tree, tree.temperature).items()

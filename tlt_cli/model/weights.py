@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tlt_cli.errors import TltError
 from tlt_cli.model.decoder import Decoder
 from tlt_cli.model.describe import describe
+from tlt_cli.model.grouped import decoder_class
 
 if TYPE_CHECKING:
     from tlt_cli.checkpoint.lazy import Checkpoint
@@ -25,7 +26,7 @@ def load(
     device: torch.device | str = "cpu",
 ) -> Decoder:
     """A decoder with all weights in memory, read one by one. Raises TltError where names do not match exactly."""
-    decoder = Decoder(description, device="meta", dtype=dtype)
+    decoder = decoder_class(description)(description, device="meta", dtype=dtype)
     wanted = decoder.stored
     given = set(names)
     for name in sorted(wanted.keys() ^ given):
@@ -87,6 +88,7 @@ def load_checkpoint(
     Raises TltError for what the decoder cannot compute, and for weights that are not finite when they are read.
     """
     description, read = describe(fit), _finite(checkpoint.read)
+    read_rows = checkpoint.read_rows if fit.groups is None else checkpoint.read_vectors
     if not stream:
         return load(read, fit.places, description, dtype, device)
 
@@ -94,15 +96,15 @@ def load_checkpoint(
         """Rows `ids`, ascending [n] -> [n, ...]: one read per run of neighbours."""
         wanted = ids.cpu()
         if not len(wanted):
-            return checkpoint.read_rows(name, 0, 0)
+            return read_rows(name, 0, 0)
         ends = torch.nonzero(wanted.diff() != 1).flatten() + 1
         runs = wanted.tensor_split(ends)
-        return torch.cat([checkpoint.read_rows(name, int(run[0]), int(run[-1]) + 1) for run in runs])
+        return torch.cat([read_rows(name, int(run[0]), int(run[-1]) + 1) for run in runs])
 
     def fetch(name: str) -> Tensor:
         tensor = read(name)
         _check_integers(decoder, name, tensor)
         return tensor
 
-    decoder = Decoder.stream(description, fetch, rows, dtype=dtype, device=device)
+    decoder = decoder_class(description).stream(description, fetch, rows, dtype=dtype, device=device)
     return decoder

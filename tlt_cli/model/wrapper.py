@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from tlt_cli.model.decoder import Cache, Decoder
+from tlt_cli.model.grouped import decoder_class
 
 # Releases call the cache by two names, as an argument and in what a model returns.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -46,8 +47,8 @@ class TltConfig(PretrainedConfig):
         super().__init__(**given)
         for key, value in kept.items():
             setattr(self, key, value)
-        family = given.get("lowrank", {}).get("dense_model_type")
-        defaults = CONFIG_MAPPING[family]() if family in CONFIG_MAPPING else None
+        family = (given.get("lowrank") or given.get("groups") or {}).get("dense_model_type")
+        defaults = CONFIG_MAPPING[str(family)]() if family in CONFIG_MAPPING else None
         for key in _TOKENS:  # it ends where the dense model ends
             if key not in given:
                 setattr(self, key, getattr(defaults, key, None))
@@ -91,8 +92,12 @@ class TltPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        description = {**config.tlt_description, "lowrank": config.lowrank}
-        decoder = Decoder(self._changed(description))
+        description = {**config.tlt_description, "lowrank": getattr(config, "lowrank", None)}
+        if description.get("groups"):
+            shared = {key: config.groups[key] for key in ("weights", "glue", "dense") if key in config.groups}
+            description["groups"] = {**description["groups"], **shared}
+        description = self._changed(description)
+        decoder = decoder_class(description)(description)
         object.__setattr__(self, "decoder", decoder)  # not as a module: its name would stand before all others
         for name, module in decoder.named_children():
             self.add_module(name, module)
@@ -162,18 +167,21 @@ class TltModel(TltPreTrainedModel):
     """The blocks without a head: ids [B, T] in, the normalized stream [B, T, H] out."""
 
     def _changed(self, description: dict[str, Any]) -> dict[str, Any]:
-        roles = dict(description["roles"])
+        roles, groups = dict(description["roles"]), description.get("groups")
         head = roles.pop("head", None)
-        if head is not None:
-            self._keys_to_ignore_on_load_unexpected = ["^" + head["name"].replace(".", r"\.") + r"\."]
-        ranks, shared = description["lowrank"]["ranks"], description["lowrank"]["shared"]
-        headless = {slot: rank for slot, rank in ranks.items() if head is None or slot != head["name"]}
-        return {
-            **description,
-            "roles": roles,
-            "tied": True,
-            "lowrank": {**description["lowrank"], "ranks": headless, "shared": shared},
-        }
+        gone = set() if head is None else {head["name"]}
+        if groups is not None and groups.get("glue"):
+            gone |= {site for site in groups["glue"]["sites"] if "{layer}" not in site}
+            glue = {**groups["glue"], "sites": [site for site in groups["glue"]["sites"] if site not in gone]}
+            groups = {**groups, "glue": glue}
+        if groups is not None and groups.get("dense"):
+            groups = {**groups, "dense": [site for site in groups["dense"] if site not in gone]}
+        self._keys_to_ignore_on_load_unexpected = ["^" + name.replace(".", r"\.") + r"\." for name in sorted(gone)]
+        lowrank = description["lowrank"]
+        if lowrank is not None:
+            ranks = {slot: rank for slot, rank in lowrank["ranks"].items() if head is None or slot != head["name"]}
+            lowrank = {**lowrank, "ranks": ranks}
+        return {**description, "roles": roles, "tied": True, "lowrank": lowrank, "groups": groups}
 
     def forward(
         self,

@@ -13,6 +13,7 @@ from torch.nn import functional
 from tlt_cli.axes import shape
 from tlt_cli.checkpoint.planned import PlannedTensor, Tensors
 from tlt_cli.families import Fit
+from tlt_cli.families.groups import refuse_grouped
 from tlt_cli.surgery.fold import fold
 from tlt_cli.surgery.plan import Plan
 
@@ -44,6 +45,7 @@ def fold_updates(
 
     Sums are computed in float64 and rounded once; a base of factors is folded first, as `fold` does it.
     """
+    refuse_grouped(fitted.groups, "folding an adapter, which mixes all of them,")
     if fitted.lowrank is not None:
         plan = fold(fitted, dtypes)
     else:

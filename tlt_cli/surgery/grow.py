@@ -17,6 +17,7 @@ from tlt_cli.checkpoint.planned import PlannedTensor, Tensors
 from tlt_cli.errors import TltError, UsageError
 from tlt_cli.families import Fit, Place
 from tlt_cli.families.factors import refuse_factored
+from tlt_cli.families.groups import refuse_grouped
 from tlt_cli.families.layers import move_patterns
 from tlt_cli.families.place import renamed
 from tlt_cli.model.describe import describe, embedding_scale, softmax_scales
@@ -29,7 +30,7 @@ from tlt_cli.surgery.targets import Sizes, Targets, current, resolve
 from tlt_cli.surgery.widen import Widening
 
 FILLS = ("random", "spectral", "zero")
-_READS_NORM = {
+READS_NORM = {  # which norm stands in front of a role
     "query": "attention_norm", "key": "attention_norm", "value": "attention_norm", "gate": "ffn_norm", "up": "ffn_norm",
     "head": "final_norm",
 }  # fmt: skip
@@ -92,6 +93,7 @@ def prepare(
     `room` is told the new size of every axis before anything of that size is made, and may refuse by raising.
     """
     refuse_factored(fit.lowrank, "growing")
+    refuse_grouped(fit.groups, "growing")
     bare = [place.name for place in fit.places.values() if not place.roles]
     if bare or not fit.family.roles:
         raise TltError(
@@ -144,6 +146,7 @@ def grown(
     for name, place, layer in grown_places(growth):
         planned += _tensors(growth, name, place, layer, dtypes[place.name])
     old, new = current(fit), current(replace(fit, sizes=growth.targets.sizes))
+    changed = {key: value for key, value in growth.config.items() if fit.config.get(key) != value}
     notes = [*growth.targets.notes, *_notes(growth)]
     plan = Plan(
         operation="grow",
@@ -158,7 +161,9 @@ def grown(
             "fill": recipe.filled,
             "layers": list(growth.layers.source),
             "silent": [layer for layer, silent in enumerate(growth.layers.silent) if silent],
-            "config": {key: value for key, value in growth.config.items() if fit.config.get(key) != value},
+            "config": changed,
+            "was": {key: fit.config[key] for key in changed if key in fit.config},
+            "added": [key for key in changed if key not in fit.config],
         },
         notes=tuple(notes),
     )
@@ -258,7 +263,7 @@ def _offset(fit: Fit) -> float:
 
 def _norm_tensor(growth: Growth, reader: str, layer: int | None, kind: str) -> str | None:
     """The stored tensor of the norm in front of a reading role; None where it has none of this kind."""
-    wanted = _READS_NORM.get(reader)
+    wanted = READS_NORM.get(reader)
     for place in growth.fit.places.values():
         if place.roles == (wanted,) and place.kind == kind and place.layer == layer:
             return place.name

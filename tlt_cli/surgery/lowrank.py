@@ -34,6 +34,7 @@ from tlt_cli.families.factors import (
     refuse_factored,
     slot_shape,
 )
+from tlt_cli.families.groups import refuse_grouped
 from tlt_cli.model.describe import describe
 from tlt_cli.model.modeling import shipped
 from tlt_cli.surgery.fold import fold
@@ -95,6 +96,7 @@ def factored_plan(
     factors are asked for at once. Raises TltError for what cannot be stored so.
     """
     refuse_factored(fitted.lowrank, "factoring")
+    refuse_grouped(fitted.groups, "factoring")
     table = fitted.family
     kept = {layer: torch.as_tensor(neurons, dtype=torch.long) for layer, neurons in ffn.items()}
     architectures = fitted.config.get("architectures") or ()

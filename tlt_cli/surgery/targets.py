@@ -64,7 +64,7 @@ def resolve(fit: Fit, wanted: Sizes) -> Targets:
     for candidate in _candidates(fit, wanted, old):
         found = _legal(fit, candidate, problems)
         if found is not None:
-            return replace(found, notes=_notes(wanted, old, candidate))
+            return replace(found, notes=stayed(wanted, old, candidate))
     raise TltError(problems[0] + _nearest(fit, wanted, old))
 
 
@@ -97,7 +97,7 @@ def _candidates(fit: Fit, wanted: Sizes, old: dict[str, int]) -> Iterator[dict[s
         heads = [wanted.heads]
     elif wanted.head_dim is None:
         heads = [*scaled("heads"), old["heads"]]
-    elif _forced(fit.family):  # heads times head_dim is the width
+    elif forced(fit.family):  # heads times head_dim is the width
         heads = [max(old["heads"], sizes["dim"] // wanted.head_dim), old["heads"]]
     if wanted.kv_heads is not None:
         kv_heads = [wanted.kv_heads]
@@ -110,7 +110,7 @@ def _candidates(fit: Fit, wanted: Sizes, old: dict[str, int]) -> Iterator[dict[s
                 yield {**sizes, "ffn": inner, "heads": count, "kv_heads": kv}
 
 
-def _forced(family: Family) -> bool:
+def forced(family: Family) -> bool:
     """Whether head_dim has no key of its own: it is what width and heads make it."""
     expression = family.axes[family.head_size_axis]
     simple = {str(other) for other in family.axes.values() if not other.sign}
@@ -122,7 +122,7 @@ def _legal(fit: Fit, sizes: dict[str, int], problems: list[str]) -> Targets | No
     heads, kv, head_dim = sizes["heads"], sizes["kv_heads"], sizes["head_dim"]
     old = current(fit)
     what = f"cannot grow {_changes(old, sizes)}"
-    if _forced(fit.family):
+    if forced(fit.family):
         if sizes["dim"] % heads:
             problems.append(f"{what}: a width of {sizes['dim']} does not split into {heads} heads")
             return None
@@ -161,7 +161,7 @@ def _changes(old: dict[str, int], new: dict[str, int]) -> str:
     return " and ".join(parts) or "nothing"
 
 
-def _notes(wanted: Sizes, old: dict[str, int], new: dict[str, int]) -> tuple[str, ...]:
+def stayed(wanted: Sizes, old: dict[str, int], new: dict[str, int]) -> tuple[str, ...]:
     """What the user should know of axes that a new width did not take along."""
     if wanted.dim is None or wanted.dim == old["dim"]:
         return ()

@@ -22,6 +22,7 @@ from tlt_cli.families import Fit, fit
 from tlt_cli.model.compare import Distance, compare
 from tlt_cli.model.decoder import Adapter, Decoder
 from tlt_cli.model.describe import describe
+from tlt_cli.model.grouped import decoder_class
 from tlt_cli.model.weights import load_checkpoint
 from tlt_cli.surgery.plan import Plan
 
@@ -79,7 +80,7 @@ def verify(
     `adapted` makes the adapter beside the source, for a plan that folds one.
     """
     grown = fit(plan.shapes, plan.config, family=fitted.family)
-    bound = BOUND * max(1.0, math.sqrt(grown.sizes["layer"] / 4))
+    bound = bound_of(grown)
     found = None
     for dtype in (torch.float32, torch.float64):
         source = load_checkpoint(values, fitted, stream=True, dtype=dtype)
@@ -88,7 +89,7 @@ def verify(
         if found.holds:
             break
     assert found is not None
-    if written is None or not _rounded(plan, values) or not plan.exact:
+    if written is None or not rounded(plan, values) or not plan.exact:
         return found
     source = load_checkpoint(values, fitted, stream=True)
     source.adapter = None if adapted is None else adapted(source, torch.float32)
@@ -96,7 +97,12 @@ def verify(
     return Verification(found.computed, bound, distance)
 
 
-def _rounded(plan: Plan, values: Checkpoint) -> list[str]:
+def bound_of(fitted: Fit) -> float:
+    """How far logits may differ in float32, in their deviations: as rounding errors of the layers add up."""
+    return BOUND * max(1.0, math.sqrt(fitted.sizes["layer"] / 4))
+
+
+def rounded(plan: Plan, values: Checkpoint) -> list[str]:
     """The dtypes coarser than float32 that the plan rounds some tensor of the model to."""
     return [
         tensor.dtype
@@ -145,12 +151,17 @@ def planned_decoder(plan: Plan, fitted: Fit, values: Tensors, *, dtype: torch.dt
     def fetch_rows(name: str, ids: Tensor) -> Tensor:
         tensor = planned[name]
         if tensor.compute is None:
-            return values.read(tensor.source)[ids.cpu()]
+            stored = values.read(tensor.source)
+            return (stored if fitted.groups is None else stored.flatten(0, -2))[ids.cpu()]
         rows, start, wanted = [], 0, ids.cpu()
         for block in tensor.compute(values):
-            inside = wanted[(wanted >= start) & (wanted < start + len(block))]
-            rows.append(block[inside - start])
-            start += len(block)
+            if len(wanted) and start > int(wanted[-1]):  # they ascend: what comes after is not asked for
+                break
+            found = block if fitted.groups is None else block.flatten(0, -2)  # words are counted through all parts
+            inside = wanted[(wanted >= start) & (wanted < start + len(found))]
+            rows.append(found[inside - start])
+            start += len(found)
         return torch.cat(rows)
 
-    return Decoder.stream(describe(fitted), fetch, fetch_rows, dtype=dtype)
+    description = describe(fitted)
+    return decoder_class(description).stream(description, fetch, fetch_rows, dtype=dtype)

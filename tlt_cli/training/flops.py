@@ -27,17 +27,17 @@ def training_flops(
     """
     data = decoder.description
     layers: int = data["layers"]
-    looked_up, place = _looked_up(decoder), _layers(decoder)
+    looked_up, place, vectors = _looked_up(decoder), _layers(decoder), decoder.vectors
     moving = place if trained is None else trained
     first = min([-1 if name in looked_up else place[name] for name in moving] + [0] * bool(adapter), default=layers)
     sizes = {
         name: parameter.numel()
         for name, parameter in decoder.named_parameters()
-        if parameter.dim() > 1 and (name not in looked_up or place[name] == layers)
+        if parameter.dim() > 1 and name not in vectors and (name not in looked_up or place[name] == layers)
     }
     passed = sum(size for name, size in sizes.items() if place[name] > first or place[name] == first < layers)
     moved = sum(size for name, size in sizes.items() if name in moving)
-    attention: int = data["heads"] * data["head_dim"] * context
+    attention: int = decoder.sizes(0)["query"][0] * context
     attended: int = attention * (2 * layers + 4 * (layers - max(first, 0)))
     return tokens * (2 * (sum(sizes.values()) + passed + moved) + attended + 6 * adapter)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from tlt_cli.errors import TltError
 from tlt_cli.model.decoder import Decoder
 from tlt_cli.model.perplexity import perplexity
 from tlt_cli.training.corpus import of_ids
-from tlt_cli.training.objective import Objective, next_token, scored
+from tlt_cli.training.objective import Loss, Objective, next_token, scored
 from tlt_cli.training.optimizers import optimizers, set_rate
 from tlt_cli.training.recipe import Recipe
 from tlt_cli.training.windows import Batch, Windows
@@ -81,7 +81,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Done:
-    """What one step was: `loss` in nats per scored token before the step, `norm` of its gradient before clipping."""
+    """What one step was: `loss` in nats per scored token before the step, `norm` of its gradient before clipping.
+
+    `numbers` are the objective's, means per scored token, and what `Run.after` returned.
+    """
 
     step: int
     loss: float
@@ -107,21 +110,23 @@ def take_step(run: Run, step: int) -> Done:
     most = -(-recipe.batch // world.size)  # rows of the ranks that have one more: all go through as many pieces
     micro = max(1, min(run.micro or most, most))
     pieces = [batch[first : first + micro] for first in range(0, most, micro)]
-    nll = torch.zeros((), device=run.decoder.device)
+    nll, numbers = torch.zeros((), device=run.decoder.device), dict[str, Tensor]()
     if run.adapter is not None:
         run.adapter.advance(step, recipe.steps)
     try:
         for piece in pieces:
             synchronize(run.decoder, last=piece is pieces[-1])
             if len(piece.rows):
-                nll += _backward(run, piece.to(run.decoder.device), count, step)
+                found = _backward(run, piece.to(run.decoder.device), count, step)
+                nll += found.nll
+                numbers = {name: numbers.get(name, 0.0) + value for name, value in found.numbers.items()}
             else:  # others have a row left, and weights that are split are gathered by all: one again, for nothing
                 _backward(run, pieces[0][:1].to(run.decoder.device), count, step, idle=True)
     except (RuntimeError, MemoryError) as error:
         raise _memory(error, micro, recipe) from error
     if not run.sharded:
         average(run.trained.values(), world)
-    loss = summed(world, nll)[0] / count
+    loss, *means = (total / count for total in summed(world, nll, *numbers.values()))
     if not math.isfinite(loss):
         raise TltError(f"the loss is {loss} at step {step}; train at a lower rate than {recipe.learning_rate:g}")
     norm = float(clip(run.trained.values(), recipe.clip or math.inf))
@@ -133,11 +138,12 @@ def take_step(run: Run, step: int) -> Done:
             optimizer.zero_grad(set_to_none=True)
     except (RuntimeError, MemoryError) as error:
         raise _memory(error, 1, recipe) from error
-    numbers = {} if run.after is None else run.after(step, recipe.rate(step))
-    return Done(step, loss, norm, recipe.rate(step), recipe.tokens, numbers)
+    more = {} if run.after is None else run.after(step, recipe.rate(step))
+    logged = {**dict(zip(numbers, means, strict=True)), **more}
+    return Done(step, loss, norm, recipe.rate(step), recipe.tokens, logged)
 
 
-def _backward(run: Run, piece: Batch, count: float, step: int, *, idle: bool = False) -> Tensor:
+def _backward(run: Run, piece: Batch, count: float, step: int, *, idle: bool = False) -> Loss:
     device, rows = run.decoder.device.type, 0 if idle else len(piece.rows)
     mean = partial(mean_of_rows, rows=rows, world=run.world)
     with contextlib.nullcontext() if run.autocast is None else torch.autocast(device, run.autocast):
@@ -147,7 +153,7 @@ def _backward(run: Run, piece: Batch, count: float, step: int, *, idle: bool = F
         if penalty is not None:  # a mean over rows, as the loss is one over tokens
             total = total + penalty * (rows * run.world.size / run.recipe.batch)
     torch.autograd.backward(total)
-    return loss.nll
+    return replace(loss, total=loss.total.detach())  # so that nothing holds on to the graph
 
 
 def _memory(error: RuntimeError | MemoryError, micro: int, recipe: Recipe) -> BaseException:

@@ -6,8 +6,8 @@ too: the loop only adds up and divides.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,10 +25,14 @@ LOGIT_BYTES = 1 << 28  # of logits that are kept at once; larger ones are made a
 
 @dataclass(frozen=True)
 class Loss:
-    """Sums over scored tokens: `total` is differentiated, `nll` is the cross-entropy in it, detached."""
+    """Sums over scored tokens: `total` is differentiated, `nll` is the cross-entropy in it, detached.
+
+    `numbers`, detached too, are what else the log shows as means per token: the same names in every call.
+    """
 
     total: Tensor
     nll: Tensor
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Objective = Callable[[Decoder, Batch], Loss]
@@ -37,7 +41,7 @@ Objective = Callable[[Decoder, Batch], Loss]
 def next_token(decoder: Decoder, batch: Batch) -> Loss:
     """Cross-entropy of every row's tokens but its first, within documents."""
     wanted = targets(batch)
-    total = _run(decoder, batch, partial(_in_chunks, partial(_cross_entropy, decoder), decoder, wanted=wanted))
+    total = read_stream(decoder, batch, partial(in_chunks, partial(_cross_entropy, decoder), decoder, wanted=wanted))
     return Loss(total, total.detach())
 
 
@@ -50,19 +54,19 @@ def distillation(teacher: Decoder, *, share: float = 1.0, temperature: float = 1
     def objective(decoder: Decoder, batch: Batch) -> Loss:
         wanted = targets(batch)
         with torch.no_grad():
-            seen = _run(teacher, batch, lambda stream: stream)
+            seen = read_stream(teacher, batch, lambda stream: stream)
 
         def read(stream: Tensor) -> tuple[Tensor, Tensor]:
             both = torch.cat([stream, seen.to(stream.dtype)], dim=-1)  # cut into chunks together
             width = stream.shape[-1]
             divergence = partial(_divergence, decoder, teacher, width, temperature)
-            kl = _in_chunks(divergence, decoder, both, wanted=wanted)
+            kl = in_chunks(divergence, decoder, both, wanted=wanted)
             with torch.set_grad_enabled(share < 1 and torch.is_grad_enabled()):
-                nll = _in_chunks(partial(_cross_entropy, decoder), decoder, stream, wanted=wanted)
+                nll = in_chunks(partial(_cross_entropy, decoder), decoder, stream, wanted=wanted)
             return kl, nll
 
-        kl, nll = _run(decoder, batch, read)
-        return Loss(share * kl + (1 - share) * nll if share < 1 else kl, nll.detach())
+        kl, nll = read_stream(decoder, batch, read)
+        return Loss(share * kl + (1 - share) * nll if share < 1 else kl, nll.detach(), {"kl": kl.detach()})
 
     return objective
 
@@ -72,13 +76,14 @@ def scored(batch: Batch) -> int:
     return batch.rows[:, 1:].numel() if batch.documents is None else int((targets(batch) != IGNORED).sum())
 
 
-def _run(decoder: Decoder, batch: Batch, read: Callable[[Tensor], Any]) -> Any:
+def read_stream(decoder: Decoder, batch: Batch, read: Callable[[Tensor], Any]) -> Any:
+    """What `read` makes of the stream behind the last block, [B, T, H], of a batch's inputs."""
     documents = None if batch.documents is None else batch.documents[:, :-1]
     return decoder(batch.rows[:, :-1], documents=documents, read=read)
 
 
-def _in_chunks(loss: Callable[[Tensor, Tensor], Tensor], decoder: Decoder, stream: Tensor, *, wanted: Tensor) -> Tensor:
-    """The sum of loss(stream [1, n, H], wanted [n]) over chunks of tokens whose logits fit LOGIT_BYTES."""
+def in_chunks(loss: Callable[[Tensor, Tensor], Tensor], decoder: Decoder, stream: Tensor, *, wanted: Tensor) -> Tensor:
+    """The sum of loss(stream [1, n, H], wanted [n]), a number or several, over chunks whose logits fit LOGIT_BYTES."""
     flat, wanted = stream.flatten(0, 1)[None], wanted.flatten()
     most = max(1, LOGIT_BYTES // (4 * int(decoder.description["vocab"])))
     if flat.shape[1] <= most:
@@ -87,7 +92,7 @@ def _in_chunks(loss: Callable[[Tensor, Tensor], Tensor], decoder: Decoder, strea
         checkpoint(loss, some, words, use_reentrant=False) if torch.is_grad_enabled() else loss(some, words)
         for some, words in zip(torch.split(flat, most, 1), torch.split(wanted, most), strict=True)
     ]
-    return torch.stack(parts).sum()
+    return torch.stack(parts).sum(0)
 
 
 def _cross_entropy(decoder: Decoder, stream: Tensor, wanted: Tensor) -> Tensor:

@@ -15,8 +15,11 @@ from tlt_cli.training.recipe import Recipe
 Trained = Mapping[str, nn.Parameter]
 
 
-def optimizers(trained: Trained, recipe: Recipe, *, blocks: Collection[str] = ()) -> list[torch.optim.Optimizer]:
+def optimizers(
+    trained: Trained, recipe: Recipe, *, blocks: Collection[str] = (), vectors: Collection[str] = ()
+) -> list[torch.optim.Optimizer]:
     """New optimizers for what is trained. `blocks` names the parameters of the blocks, whose matrices Muon may take.
+    `vectors` names those that are no matrices though they have two dims: gains of models side by side.
 
     AdamW (arXiv:1711.05101) decays matrices only, at one rate for all. Muon (Jordan et al. 2024) orthogonalizes the
     momentum of each matrix, scaled so that its steps are of AdamW's size (arXiv:2502.16982), so one rate serves both.
@@ -24,10 +27,12 @@ def optimizers(trained: Trained, recipe: Recipe, *, blocks: Collection[str] = ()
     """
     inside = blocks if recipe.optimizer == "muon" else ()
     muon = [name for name, parameter in trained.items() if name in inside and parameter.dim() == 2]
+    muon = [name for name in muon if name not in vectors]
     rest = {name: parameter for name, parameter in trained.items() if name not in muon}
+    thin = {name for name, parameter in rest.items() if parameter.dim() <= 1 or name in vectors}
     groups = [
-        {"params": [p for p in rest.values() if p.dim() > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in rest.values() if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for name, p in rest.items() if name not in thin], "weight_decay": recipe.weight_decay},
+        {"params": [p for name, p in rest.items() if name in thin], "weight_decay": 0.0},
     ]
     if recipe.optimizer == "muon" and not muon:
         raise UsageError("--optimizer muon is for the matrices of a model's blocks, and none is trained; take adamw")

@@ -98,6 +98,10 @@ def targets(decoder: Decoder, *, only: Sequence[str] = ()) -> list[Target]:
     names them. Ask again once parameters were replaced, as sharding does. UsageError for a glob that matches nothing
     and where nothing is left.
     """
+    if decoder.description.get("groups") is not None:
+        raise UsageError(
+            "a regularizer acts on the matrices of one model, and this is several side by side; leave it out"
+        )
     known = [
         (role in STEM, tensor, target)
         for role in decoder.description["roles"]
@@ -133,6 +137,17 @@ def _stored(decoder: Decoder, role: str, layer: int) -> Iterable[tuple[str, Targ
         yield f"{slot}.weight", Target(slot, held[f"{slot}.weight"])
     elif f"{name}.weight" in held:
         yield f"{name}.weight", Target(slot, held[f"{name}.weight"], part, spot["parts"], int(spot["transposed"]))
+
+
+def check_target_rank(chosen: Iterable[Target], regularizer: Regularizer) -> None:
+    """UsageError for a target rank that every matrix is below already: nothing would ever be done."""
+    ranks = {target.name: min(target.of(torch.empty(target.parameter.shape, device="meta")).shape) for target in chosen}
+    name = max(ranks, key=lambda each: ranks[each])
+    if regularizer.target_rank is not None and regularizer.target_rank >= ranks[name]:
+        raise UsageError(
+            f"--target-rank {regularizer.target_rank}: no matrix has a rank above {ranks[name]}, which {name} has, so "
+            "nothing would be done; take less than that"
+        )
 
 
 @torch.no_grad()

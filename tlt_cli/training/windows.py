@@ -24,22 +24,24 @@ class Batch:
     """B rows of T + 1 tokens: inputs are rows[:, :-1], targets(batch) what they are to predict.
 
     `rows` [B, T + 1] int64; `documents` [B, T + 1] int32 numbers the documents of each row from 0, None where every row
-    lies within one; `streams` [B] int64 says which stream a row comes from.
+    lies within one; `streams` [B] int64 says which stream a row comes from, `numbers` [B] int64 which it is in the
+    endless order of windows.
     """
 
     rows: Tensor
     documents: Tensor | None
     streams: Tensor
+    numbers: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same on a device."""
+        """Rows and documents on a device; streams and numbers only say which they are."""
         documents = None if self.documents is None else self.documents.to(device)
-        return Batch(self.rows.to(device), documents, self.streams.to(device))
+        return Batch(self.rows.to(device), documents, self.streams, self.numbers)
 
-    def __getitem__(self, rows: slice) -> Batch:
-        """Some of the rows."""
+    def __getitem__(self, rows: slice | Tensor) -> Batch:
+        """Some of the rows: a slice of them, or those numbered by a tensor [n]."""
         documents = None if self.documents is None or not self.documents[rows].any() else self.documents[rows]
-        return Batch(self.rows[rows], documents, self.streams[rows])
+        return Batch(self.rows[rows], documents, self.streams[rows], self.numbers[rows])
 
 
 def targets(batch: Batch) -> Tensor:
@@ -114,7 +116,9 @@ class Windows:
             changes[row, stream.boundaries(start, self.context + 1)] = 1
             streams[row] = of[place]
         documents = torch.from_numpy(changes.cumsum(axis=1, dtype=np.int32)) if changes.any() else None
-        return Batch(torch.from_numpy(rows), documents, torch.from_numpy(streams))
+        return Batch(
+            torch.from_numpy(rows), documents, torch.from_numpy(streams), torch.arange(first, first + count)
+        )  # fmt: skip
 
     def _round(self, turn: int) -> tuple[np.ndarray, np.ndarray]:
         """The order of round `turn`: the stream of each window, and the token at which it starts in it."""

@@ -1,0 +1,204 @@
+"""A slice carried out: opened, chosen, planned, written, verified. What `tlt slice` does, and `slice` in a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tlt_cli.checkpoint.lazy import Checkpoint
+from tlt_cli.checkpoint.ranks import joined
+from tlt_cli.checkpoint.reader import open_checkpoint
+from tlt_cli.checkpoint.record import source_name
+from tlt_cli.checkpoint.writer import check_target
+from tlt_cli.cli.console import Output
+from tlt_cli.cli.execute import Outcome, Writing, carry_out, derived_output, retyped
+from tlt_cli.cli.growing import table_files
+from tlt_cli.cli.measuring import USUAL_CONTEXT, positions
+from tlt_cli.cli.opening import opened, parse_dtype, tokenizer_for
+from tlt_cli.cli.slice_request import Request, command, named
+from tlt_cli.errors import TltError, UsageError
+from tlt_cli.families import Fit
+from tlt_cli.families.factors import refuse_factored
+from tlt_cli.model.modeling import MODELING
+from tlt_cli.model.part import Child, Part
+from tlt_cli.model.text import load_tokens
+from tlt_cli.surgery.plan import Plan
+from tlt_cli.surgery.slice import Chosen, Wanted, chosen, of_sizes, sliced, wanted_sizes
+from tlt_cli.surgery.slice_sizes import smaller
+from tlt_cli.surgery.targets import current
+from tlt_cli.surgery.ungrow import Record, last_growth, ungrown
+from tlt_cli.surgery.unmerge import block as taken_out
+from tlt_cli.surgery.verify_slice import Proof, check_slice, verify_slice, verify_written
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Checked = Callable[[Plan, Checkpoint], Proof]  # of the plan in the dtype that is written, and what was written
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A plan, and how what it writes is proved."""
+
+    plan: Plan
+    checked: Checked
+
+
+def slice_checkpoint(source: str | Checkpoint, request: Request, *, out: Output) -> Outcome:
+    """Slice `source` and write it; without an output under a name made of the source's and of what is kept.
+
+    Notes and progress go to `out`. Raises TltError, with nothing written, for whatever cannot be kept exactly, and
+    where the output does not compute what it does inside its parent.
+    """
+    wanted = request.wanted
+    with joined() as team:
+        with team.together():  # what one of several ranks refuses, all do
+            kind = None if request.dtype is None else parse_dtype(request.dtype)
+            checkpoint, fitted = opened(
+                source, out=out, family=request.family, axes=request.axes, values=not request.dry_run
+            )
+            refuse_factored(fitted.lowrank, "slicing")
+            output = request.output or derived_output(checkpoint, named(request))
+            writing = Writing(
+                output=output, force=request.force, dry_run=request.dry_run, max_shard_size=request.max_shard_size,
+                jobs=request.jobs,
+            )  # fmt: skip
+            check_target(output, checkpoint, force=request.force)
+            made = _made(checkpoint, fitted, wanted, request, out)
+            plan = retyped(made.plan, kind)
+            files = table_files(checkpoint, request.family, output, out)
+            if fitted.groups is not None:  # what is taken out is stock
+                kept = tuple(path for path in checkpoint.companions if path.name != MODELING)
+                checkpoint = replace(checkpoint, companions=kept)
+
+        def compared(staged: Path) -> Mapping[str, Any]:
+            proof = made.checked(plan, open_checkpoint(staged))
+            check_slice(plan, proof)
+            return proof.report()
+
+        local = checkpoint.location is not None  # what a dry run reads of the hub has no values
+        return carry_out(
+            plan, checkpoint, out=out, writing=writing, command=command(source_name(checkpoint), request, kind),
+            changes=_changes(plan, checkpoint), files=files, verify=compared if request.verify and local else None,
+        )  # fmt: skip
+
+
+def _made(checkpoint: Checkpoint, fitted: Fit, wanted: Wanted, request: Request, out: Output) -> Made:
+    dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
+
+    def text() -> Tensor | None:
+        return _text(checkpoint, fitted, request)
+
+    if fitted.groups is not None:
+        return _one_of_several(checkpoint, fitted, dtypes, wanted, request, text)
+    record = last_growth(checkpoint.lineage, fitted)
+    if record is not None and not request.calibrates and _undoes(fitted, wanted, record, out):
+        small, plan = ungrown(fitted, dtypes, record)
+        return Made(
+            plan,
+            lambda plan, written: verify_written(
+                plan, checkpoint, written, small, of=(checkpoint, fitted), text=text(), seed=request.seed
+            ),
+        )
+    if request.calibrates:
+        return _calibrated(checkpoint, fitted, dtypes, wanted, request, out)
+    found = chosen(fitted, wanted)
+    named = {"block": request.block} if request.block and found.level is None else {}
+    child, plan = sliced(fitted, dtypes, found, details=named)
+    return _proved(checkpoint, fitted, found.part, child, plan, request)
+
+
+def _proved(checkpoint: Checkpoint, fitted: Fit, part: Part, child: Child, plan: Plan, request: Request) -> Made:
+    return Made(
+        plan,
+        lambda plan, written: verify_slice(
+            fitted, part, child, plan, checkpoint, written, text=_text(checkpoint, fitted, request), seed=request.seed
+        ),
+    )
+
+
+def _one_of_several(
+    checkpoint: Checkpoint,
+    fitted: Fit,
+    dtypes: Mapping[str, str],
+    wanted: Wanted,
+    request: Request,
+    text: Callable[[], Tensor | None],
+) -> Made:
+    """One of the models that lie side by side in a merged checkpoint."""
+    assert fitted.groups is not None
+    count = len(fitted.groups.parts)
+    if wanted.block is None or wanted.level is not None or wanted.block[1] != count:
+        raise TltError(f"this checkpoint is {count} models side by side: take one out with --block 1/{count}, then cut")
+    plan = taken_out(fitted, dtypes, wanted.block[0] - 1)
+    own = fitted.part(wanted.block[0] - 1)
+    return Made(
+        plan, lambda plan, written: verify_written(plan, checkpoint, written, own, text=text(), seed=request.seed)
+    )
+
+
+def _undoes(fitted: Fit, wanted: Wanted, record: Record, out: Output) -> bool:
+    """Whether the sizes asked for are those that the model grew from."""
+    named, before, now = wanted.sizes.named(), record.before, current(fitted)
+    changed = {name for name, size in before.items() if now[name] != size}
+    asked = {name for name in named if name in changed and named[name] == before[name]}
+    if wanted.size or not asked or any(size != before[name] for name, size in named.items()):
+        return False
+    if changed <= named.keys() or smaller(fitted, wanted.sizes)[0] == before:
+        return True
+    options = " ".join(f"--{name.replace('_', '-')} {before[name]}" for name in before if name in changed)
+    out.note(f"this cuts what was grown as if it had not been; to undo the growth name all that it changed: {options}")
+    return False
+
+
+def _calibrated(
+    checkpoint: Checkpoint, fitted: Fit, dtypes: Mapping[str, str], wanted: Wanted, request: Request, out: Output
+) -> Made:
+    """What a text chooses and refits."""
+    from tlt_cli.calibration.slicing import calibrated
+
+    sizes, notes = wanted_sizes(fitted, wanted)
+    if sizes["vocab"] != fitted.sizes["vocab"]:
+        raise UsageError("--vocab keeps the first tokens; cut it in a second slice, without --order and --refit")
+    tokens = load_tokens(tokenizer_for(checkpoint, fitted.sizes["vocab"], request.tokenizer), request.calibration)
+    for note in tokens.notes:
+        out.note(note)
+    context = request.context or min(USUAL_CONTEXT, positions(fitted))
+    with out.progress(f"slice: reading {tokens.info['source']}") as progress:
+        made = calibrated(
+            fitted, checkpoint, tokens.ids, {name: size for name, size in sizes.items() if name != "vocab"},
+            order=request.order, refit=request.refit, norm=wanted.norm, context=context, progress=progress,
+        )  # fmt: skip
+    told = {
+        "order": request.order, "refit": request.refit, "calibration": tokens.info, "context": context,
+        "calibrated": made.details,
+    }  # fmt: skip
+    part = made.part or of_sizes(fitted, sizes, wanted.norm).part
+    found = Chosen(part, notes=(*notes, *made.notes))
+    child, plan = sliced(fitted, dtypes, found, tensors=made.plan_tensors, config=made.config, details=told)
+    if made.plan_tensors is None:
+        return _proved(checkpoint, fitted, part, child, plan, request)
+    return Made(
+        plan,
+        lambda plan, written: verify_written(
+            plan, checkpoint, written, child.fit, lost=(checkpoint, fitted), text=_text(checkpoint, fitted, request),
+            seed=request.seed,
+        ),
+    )  # fmt: skip
+
+
+def _text(checkpoint: Checkpoint, fitted: Fit, request: Request) -> Tensor | None:
+    """The text to verify on, as ids; None where none is given."""
+    if not request.data:
+        return None
+    return load_tokens(tokenizer_for(checkpoint, fitted.sizes["vocab"], request.tokenizer), request.data).ids
+
+
+def _changes(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
+    before, after = plan.details.get("from", {}), plan.details.get("to", {})
+    rows = [(name.replace("_", " "), f"{before[name]:,}", f"{after[name]:,}") for name in before]
+    count = sum(prod(info.shape) for info in checkpoint.tensors.values())
+    return [*rows, ("parameters", f"{count:,}", f"{plan.parameters:,}")]

@@ -1,0 +1,54 @@
+"""One model back out of several that lie side by side, bit for bit, as a Plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from tlt_cli.axes import shape
+from tlt_cli.checkpoint.planned import PlannedTensor, Rows, Tensors
+from tlt_cli.errors import TltError
+from tlt_cli.families import Fit, Place
+from tlt_cli.surgery.merge import cut, slice_of
+from tlt_cli.surgery.plan import Plan
+
+
+def block(fitted: Fit, dtypes: Mapping[str, str], number: int) -> Plan:
+    """The Plan of part `number`, counted from 0, of a merged checkpoint: a stock model with its own config.json.
+
+    `dtypes` are the stored dtypes by tensor name. What filled the part up is cut off; its weight was never in its
+    tensors. Raises TltError where there is no such part. The code that the merged checkpoint ships is not wanted beside
+    the output (`model.modeling.MODELING`).
+    """
+    if fitted.groups is None:
+        raise TltError("this checkpoint is one model: there is no part to take out; cut it by its sizes instead")
+    count = len(fitted.groups.parts)
+    if not 0 <= number < count:
+        raise TltError(f"part {number + 1} of {count} was asked for; wanted one from 1 to {count}")
+    own, part = fitted.part(number), fitted.groups.parts[number]
+    return Plan(
+        operation="slice",
+        tensors=tuple(_taken_out(place, fitted, own, number, dtypes[name]) for name, place in own.places.items()),
+        config=own.config,
+        exact=True,
+        details={
+            "family": own.family.name, "block": number + 1, "of": count, "name": part.name, "sha256": part.sha256,
+            "weight": part.weight, "sizes": dict(own.sizes),
+        },
+    )  # fmt: skip
+
+
+def _taken_out(place: Place, fitted: Fit, own: Fit, number: int, dtype: str) -> PlannedTensor:
+    whole, narrow = shape(place.arrow, fitted.sizes), shape(place.arrow, own.sizes)
+    rows = Rows(place.name, number, number + 1)
+
+    def compute(values: Tensors) -> Iterator[Tensor]:
+        taken = cut(slice_of(values, rows), place.arrow, fitted.sizes, own.sizes)
+        yield taken.to(torch.float64 if dtype == "F64" else torch.float32).contiguous()
+
+    return PlannedTensor(
+        place.name, narrow, dtype, place.name, compute, 8 * math.prod(whole), copies=(rows,) if whole == narrow else ()
+    )
