@@ -518,7 +518,7 @@ def test_what_lies_beside_goes_along(models: Path) -> None:
     for name in ("LICENSE.txt", "onnx/notes.txt", "generation_config.json"):
         assert files[name] == before[name]
     card = files["README.md"].decode()
-    for said in ("license: mit", "language: en", "- story", "- tlt", "- grow", "base_model:\n- somebody/something"):
+    for said in ("license: mit", "language: en", "- story", "- tlt", "- grow", "base_model: somebody/something"):
         assert said in card
     assert "\ntlt grow model --to-dim 64 --method duplicate --noise 0.5\n" in card and "# A model" not in card
     assert report["lineage"]["parents"][0]["sha256"] in card

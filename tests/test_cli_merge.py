@@ -19,6 +19,7 @@ from tlt_cli.cli import app
 from tlt_cli.errors import TltError
 from tlt_cli.surgery import verify_merge
 
+TREE = ("--lora-tree", 1, "--rank", 2, "--lr", 0.03)
 CARD = "---\nlicense: {license}\nlanguage: en\nbase_model: somebody/{name}\n---\n# A model\n"
 TEXT = "Es war einmal ein kleines Modell, das rechnete wie zwei. " * 30
 pytestmark = pytest.mark.usefixtures("modules_cache")
@@ -101,10 +102,10 @@ def test_every_command_takes_it(made: Path) -> None:
     assert tlt("generate", "m.safetensors", "--prompt", "a", "--max-tokens", 4, "--temperature", 0).exit_code == 0
     assert "part0 (0.5), part2 (0.5)" in tlt("inspect", "m.safetensors").stderr
     short = ("--data", text, "--steps", 15, "--context", 16, "-q")
-    for name, how in {"all": (), "some": ("--only", "*.mlp.*"), "lora": ("--lora", 2)}.items():
-        result = tlt("train", "m.safetensors", *short, *how, "-o", name if name == "lora" else f"{name}.safetensors")
+    for name, how in {"all": (), "some": ("--only", "*.mlp.*"), "lora": ("--lora", 2), "tree": TREE}.items():
+        made_of = name if name in ("lora", "tree") else f"{name}.safetensors"
+        result = tlt("train", "m.safetensors", *short, *how, "-o", made_of)
         assert result.exit_code == 0, result.stderr
-        made_of = name if name == "lora" else f"{name}.safetensors"
         assert report("eval", made_of, "--data", text)["perplexity"] < 0.9 * first
     for number, part in ((1, "part0"), (2, "part2")):
         result = tlt("slice", "m.safetensors", "--block", f"{number}/2", "-o", f"back{number}")
@@ -122,6 +123,7 @@ def test_every_command_takes_it(made: Path) -> None:
         (("grow", "m", "--to-dim", 64), "2 models side by side; growing needs one"),
         (("factor", "m", "--rank", 2), "2 models side by side; factoring needs one"),
         (("train", "m", "--data", "t.txt", "--steps", 1, "--regularizer", "nuclear"), "several side by side"),
+        (("train", "m", "--data", "t.txt", "--steps", 1, "--optimizer", "muon"), "merged models have a matrix of each"),
     ],
 )
 def test_commands_for_one_model_say_so(made: Path, command: tuple[str | int, ...], match: str) -> None:

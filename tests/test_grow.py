@@ -347,3 +347,15 @@ def test_bad_recipes() -> None:
     ):
         with pytest.raises(UsageError, match=f"--{next(iter(wrong))}"):
             Recipe(**wrong)  # type: ignore[arg-type]
+
+
+def test_levels_stay_behind(tmp_path: Path) -> None:
+    """What grows is no longer the model that its levels were trained in; its record keeps them for the way back."""
+    folder = make_checkpoint(tmp_path / "model", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    levels = {"norm": "sliced", "levels": [{"dim": 16, "ffn": 24, "heads": 2, "kv_heads": 1}]}
+    assert "nested" not in planned(opened(folder), dim=64)[1].details["was"]
+    (folder / "config.json").write_text(json.dumps({**config, "nested": levels}))
+    plan = planned(opened(folder), dim=64)[1]
+    assert "nested" not in plan.config and plan.details["was"]["nested"] == levels
+    assert any("nested" in note for note in plan.notes)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from family_zoo import make_checkpoint
+from merging import made, merged
 from test_ranks import RANKS, free_port
 from test_world import SPLITS
 
@@ -22,6 +23,8 @@ CASES = {
     "tree": ("--lora-tree", "2", "--rank", "2", "--route", "token", "--lr", "0.03"),
     # a block has its rows, whichever rank reads them
     "fractal": ("--fractal", "3", "--split", "2", "--micro-batch", "1"),
+    # several models side by side are split as one is
+    "merged": ("--micro-batch", "2"),
     "taught": ("--distill", "model", "--lora", "2", "--held-out", "0.1"),
 }
 
@@ -52,9 +55,13 @@ def apart(one: list[float], other: list[float]) -> float:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_take_the_steps_of_one_process(tmp_path: Path, case: str) -> None:
-    if case == "all" and not SPLITS:
+    if case in ("all", "merged") and not SPLITS:
         pytest.skip("this torch does not split weights over CPU processes")
-    make_checkpoint(tmp_path / "model", "llama", vocab_size=256, num_hidden_layers=2)
+    sizes = {"vocab_size": 256, "num_hidden_layers": 2}
+    if case == "merged":
+        merged(tmp_path / "model", made(tmp_path, "llama", False, [sizes, {**sizes, "hidden_size": 48}]))
+    else:
+        make_checkpoint(tmp_path / "model", "llama", **sizes)
     (tmp_path / "text.txt").write_text(" ".join(str(number * number) for number in range(1000)))
     one = losses(tmp_path, "one", *CASES[case])
     two = losses(tmp_path, "two", *CASES[case], ranks=RANKS)

@@ -225,6 +225,12 @@ def merge(
     output: str | PathLike[str],
     *,
     weights: Sequence[float] | None = None,
+    layout: str = "grouped",
+    vocab: str = "same",
+    glue: str = "none",
+    glue_rank: int | None = None,
+    glue_init: str = "identity",
+    calibration: Sequence[str | PathLike[str]] | None = None,
     family: str | None = None,
     axes: Mapping[str, int] | None = None,
     dtype: str | None = None,
@@ -238,17 +244,22 @@ def merge(
 ) -> dict[str, Any]:
     """Lay models side by side as one that says the mean of their logits: `tlt merge`, and what it prints with --json.
 
-    `weights` are each one's share, and add up to 1; all alike where none are given. The dict has, among others, path,
-    models, sizes, parameters, bytes, notes, and verification: max_logit, relative (in deviations of the logits), bound,
-    and kl (nats per token). Raises TltError, with nothing written, for models that cannot lie side by side.
+    `layout` is "grouped", or "stock" for a dense model near that mean; `vocab` is "same", or "union" for tokenizers
+    that differ. `glue` (lowrank, full or blocks) is put between the models and starts as `glue_init` says: as the
+    identity, or fitted on the texts of `calibration`. `weights` are each one's share, and add up to 1; all alike where
+    none are given. The dict has, among others, path, models, sizes, parameters, bytes, notes, and verification:
+    max_logit, relative (in deviations of the logits), bound, and kl (nats per token). Raises TltError, with nothing
+    written, for models that cannot lie side by side.
     """
     from tlt_cli.cli.console import Output
+    from tlt_cli.cli.gluing import Gluing
     from tlt_cli.cli.merging import merge_checkpoints
 
     outcome = merge_checkpoints(
-        [fspath(source) for source in sources], Path(output), out=Output(quiet=quiet), weights=weights, family=family,
+        [fspath(source) for source in sources], Path(output), out=Output(quiet=quiet), weights=weights,
+        gluing=Gluing(glue, glue_rank, glue_init), calibration=_paths(calibration), family=family,
         axes=_typed(axes), dtype=dtype, force=force, dry_run=dry_run, max_shard_size=max_shard_size, jobs=jobs,
-        verify=verify, seed=seed,
+        verify=verify, seed=seed, layout=layout, vocab=vocab,
     )  # fmt: skip
     return outcome.report
 

@@ -22,8 +22,10 @@ from tlt_cli.calibration.slicing import calibrated
 from tlt_cli.checkpoint.reader import open_checkpoint
 from tlt_cli.checkpoint.writer import write
 from tlt_cli.families import fit
+from tlt_cli.model.nested import SIZES as SLICED
 from tlt_cli.model.text import load_tokenizer, load_tokens
-from tlt_cli.surgery.slice import Chosen, sliced
+from tlt_cli.surgery.slice import Chosen, Wanted, sliced, wanted_sizes
+from tlt_cli.surgery.targets import Sizes
 
 CONTEXT = 512
 ROWS: dict[str, list[str] | None] = {
@@ -35,7 +37,7 @@ ROWS: dict[str, list[str] | None] = {
     "pca": ["--order", "pca"],
     "pca, refit": ["--order", "pca", "--refit"],
 }
-SIZES = "ffn=288;ffn=192;dim=96;heads=4,kv-heads=2;ffn=288,dim=96,heads=4,kv-heads=2"
+SIZES = "ffn=288;ffn=192;heads=4,kv-heads=2;dim=96,ffn=384,heads=8,kv-heads=4;dim=96"  # the last takes all with it
 
 
 def main() -> None:
@@ -83,7 +85,8 @@ def by_activation(source: str, sizes: dict[str, str], calibration: str, output: 
     checkpoint = open_checkpoint(source)
     fitted = fit({name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
     ids = load_tokens(load_tokenizer(checkpoint.companions, fitted.sizes["vocab"]), [calibration]).ids
-    wanted = {size.replace("-", "_"): int(value) for size, value in sizes.items()}
+    named = Sizes(**{size.replace("-", "_"): int(value) for size, value in sizes.items()})
+    wanted = {size: value for size, value in wanted_sizes(fitted, Wanted(sizes=named))[0].items() if size in SLICED}
     found = calibrated(
         fitted, checkpoint, ids, wanted, order="importance", refit=False, norm=None, context=CONTEXT, by=ACTIVATION
     )

@@ -139,5 +139,5 @@ def _tensors(difference: Tensor, moment: Tensor, glue: dict[str, Any], count: in
 
 
 def _loss(decoder: Grouped, ids: Tensor) -> float:
-    total = sum(summed_loss(decoder, some) for some in ids.split(_BATCH))
+    total = sum(summed_loss(decoder, some) for some in torch.split(ids, _BATCH))
     return total / (ids.shape[0] * (ids.shape[1] - 1))

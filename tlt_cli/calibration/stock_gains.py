@@ -28,10 +28,10 @@ def stock_gains(decoder: Decoder, ids: Tensor, count: int) -> dict[tuple[str, in
         normal = plain(x, role, layer)
         if role in HEAD_NORMS:
             return normal
-        squares = x.double().unflatten(-1, (count, -1)).pow(2).mean(-1) + decoder.description["epsilon"]  # [N, T, K]
+        squares = torch.unflatten(x.double(), -1, (count, -1)).pow(2).mean(-1) + decoder.description["epsilon"]
         logs = 0.5 * (squares.mean(-1, keepdim=True).log() - squares.log()).flatten(0, -2).mean(0)
         found[role, layer] = tuple(logs.tolist())
-        factors = logs.exp().to(normal.dtype).repeat_interleave(x.shape[-1] // count)
+        factors: Tensor = logs.exp().to(normal.dtype).repeat_interleave(x.shape[-1] // count)
         return normal * factors
 
     decoder.normalize = normalize  # type: ignore[method-assign]

@@ -34,7 +34,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor that will exist. `compute` yields consecutive blocks of its rows in float32 or better.
+    """One tensor that will exist. `compute` yields consecutive blocks of its rows, in float32 or better where
+    anything is computed.
 
     `source` is the tensor it mainly comes from; where `compute` is None it is that tensor, byte for byte (cast where
     `dtype` is another one). `copies` are stored rows whose bytes, one after the other, are what `compute` gives: where

@@ -40,6 +40,7 @@ def describe(checkpoint: Checkpoint, fitted: Fit | None) -> dict[str, Any]:
         "axes": dict(fitted.sizes) if fitted else {},
         "tied": fitted.tied if fitted else None,
         "groups": fitted.groups.data() if fitted and fitted.groups else None,
+        **({"glue": _glue(fitted)} if fitted and fitted.groups and fitted.groups.glue else {}),
         "parameters": sum(t["parameters"] for t in tensors if not t["dropped"]),
         "bytes": sum(t["bytes"] for t in tensors),
         "dtypes": dict(Counter(t["dtype"] for t in tensors)),
@@ -69,6 +70,10 @@ def summary(data: Mapping[str, Any]) -> Iterator[str]:
         shares = zip(data["groups"]["parts"], data["groups"]["weights"], strict=True)
         named = ", ".join(f"{part['name']} ({weight:g})" for part, weight in shares)
         yield f"models side by side, with their shares of the logits: {named}"
+    if data.get("groups") and data["groups"].get("dense"):
+        yield f"folded into one another: {', '.join(data['groups']['dense'])}"
+    for site in data.get("glue", ()):
+        yield _site(site)
     yield f"parameters: {data['parameters']:,}"
     yield f"bytes: {data['bytes']:,} in {len(data['files'])} file{'s' if len(data['files']) > 1 else ''}"
     yield f"tensors: {len(data['tensors'])} ({dtypes})"
@@ -81,6 +86,23 @@ def summary(data: Mapping[str, Any]) -> Iterator[str]:
             yield f"made by: {step['command']} (tlt {step.get('version')})"
         for parent in _records(step.get("parents")):
             yield f"    from {parent.get('source')}, sha256 {parent.get('sha256')}"
+
+
+def _glue(fitted: Fit) -> list[dict[str, Any]]:
+    from tlt_cli.surgery.glue import described
+
+    return described(fitted)
+
+
+def _site(site: Mapping[str, Any]) -> str:
+    if not site["folds"]:
+        return f"no glue, for it would not fold: {site['module']}: {site['how']}"
+    kind = site["kind"] or "none"
+    kind += "" if site["rank"] is None else f", rank {site['rank']}"
+    return (
+        f"glue in front of {site['module']}: {kind}, on the {site['width']} entries behind {site['reads']}; "
+        f"folds into {site['into']}, {site['how']}"
+    )
 
 
 def _records(value: Any) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from tlt_cli.cli.options import (
     TokenizerFrom,
     Verbose,
 )
+from tlt_cli.errors import UsageError
 
 EXAMPLES = """
 Examples:
@@ -30,6 +31,8 @@ Examples:
 tlt eval model --data text.txt
 
 tlt eval fractal --levels --data text.txt
+
+tlt eval glued folded --streams --data one.txt --data two.txt
 
 tlt eval small.safetensors big.safetensors --data text.txt --json | jq '.models[].perplexity'
 """
@@ -46,6 +49,13 @@ Levels = Annotated[
     bool, typer.Option("--levels", help="Every level and block of a nested or fractal model, run in its place.")
 ]
 
+Streams = Annotated[
+    bool,
+    typer.Option(
+        "--streams", help="Every --data by itself; of a merged model also each part, and all without their glue."
+    ),
+]
+
 
 def evaluate(
     sources: Sources,
@@ -53,6 +63,7 @@ def evaluate(
     context: Context = None,
     batch_size: BatchSize = None,
     levels: Levels = False,
+    streams: Streams = False,
     level: Level = None,
     block: Block = None,
     base: Base = None,
@@ -73,6 +84,17 @@ def evaluate(
     from tlt_cli.cli.measuring import measure, parts, prepare
 
     out = Output(json=json, quiet=quiet, verbose=verbose)
+    if streams:
+        from tlt_cli.cli.streams import by_stream, stream_table
+
+        if levels or level is not None or block is not None:
+            raise UsageError("--streams goes without --levels, --level and --block; ask for one thing at a time")
+        report = by_stream(
+            sources, data, out=out, base=base, family=family, axes=axis, tokenizer=tokenizer, context=context,
+            batch_size=batch_size, device=device, dtype=dtype, stream=stream,
+        )  # fmt: skip
+        out.result(report, table=stream_table(report))
+        return
     prepared = prepare(sources, out=out, family=family, axes=axis, tokenizer=tokenizer, data=data, base=base)
     prepared = parts(prepared, levels=levels, level=level, block=block)
     models = measure(

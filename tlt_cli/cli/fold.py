@@ -15,6 +15,7 @@ from tlt_cli.cli.console import Output as Out
 from tlt_cli.cli.options import (
     Axis,
     Base,
+    Data,
     DryRun,
     Dtype,
     Family,
@@ -40,6 +41,8 @@ EXAMPLES = """
 Examples:
 
 tlt fold factored -o plain
+
+tlt fold glued -o one --data text.txt
 
 tlt fold adapter -o merged
 
@@ -72,6 +75,7 @@ def fold(
     leaf: Leaf = None,
     format: Format = "model",
     base: Base = None,
+    data: Data = None,
     family: Family = None,
     axis: Axis = None,
     json: Json = False,
@@ -80,11 +84,13 @@ def fold(
 ) -> None:
     """Multiply low-rank factors out, or an adapter into its base: the stock model that computes the same.
 
-    The output is no smaller than the model that was factored; it needs no code of its own.
+    The output is no smaller than the model that was factored; it needs no code of its own. Glue between merged models
+    is multiplied into the linears behind it, which then reach across all models. With --data the proof reads that text
+    too.
     """
     out = Out(json=json, quiet=quiet, verbose=verbose)
     outcome = fold_checkpoint(
-        source, output, out=out, leaf=leaf, format=format, base=base, family=family, axes=axis, dtype=dtype,
+        source, output, out=out, leaf=leaf, format=format, base=base, data=data, family=family, axes=axis, dtype=dtype,
         force=force, dry_run=dry_run, max_shard_size=max_shard_size, jobs=jobs, verify=verify, seed=seed,
     )  # fmt: skip
     outcome.show(out)
@@ -98,6 +104,7 @@ def fold_checkpoint(
     leaf: int | None = None,
     format: str = "model",
     base: str | None = None,
+    data: Sequence[Path] | None = None,
     family: str | None = None,
     axes: Sequence[str] | None = None,
     dtype: str | None = None,
@@ -111,7 +118,8 @@ def fold_checkpoint(
     """Fold `source` and write it; without an `output` under a name made of the source's.
 
     Notes and progress go to `out`. Raises TltError, with nothing written, where there is nothing to fold, and where the
-    folded model does not compute what the factored one does. `seed` is that of the tokens to verify on.
+    folded model does not compute what the factored one does. `seed` is that of the tokens to verify on, to which those
+    of `data` are added.
     """
     from tlt_cli.cli.adapters import adapter_of
     from tlt_cli.cli.folding_leaf import FORMATS, export_leaf, one_leaf
@@ -128,6 +136,8 @@ def fold_checkpoint(
         if dtype is not None or max_shard_size is not None:
             raise UsageError("--dtype and --max-shard-size go with --format model; an adapter is one file in float32")
         return export_leaf(adapter, output, out=out, base=base, family=family, axes=axes, force=force, dry_run=dry_run)
+    if adapter is not None and data:
+        raise UsageError(f"--data is for checkpoints, and {source} is a {adapter.kind}; the proof reads random tokens")
     if adapter is not None:
         from tlt_cli.cli.folding_adapter import fold_adapter
 
@@ -142,12 +152,15 @@ def fold_checkpoint(
     from tlt_cli.checkpoint.ranks import joined
     from tlt_cli.checkpoint.reader import open_checkpoint
     from tlt_cli.checkpoint.record import source_name
+    from tlt_cli.checkpoint.shards import is_single_file
     from tlt_cli.checkpoint.writer import check_target
     from tlt_cli.cli.execute import Writing, carry_out, derived_output, retyped
-    from tlt_cli.cli.opening import parse_dtype
-    from tlt_cli.model.modeling import MODELING
+    from tlt_cli.cli.opening import parse_dtype, tokenizer_for
+    from tlt_cli.model.modeling import MODELING, modeling_source
+    from tlt_cli.model.text import load_tokens
     from tlt_cli.surgery.factored_file import joined_plan
     from tlt_cli.surgery.fold import fold as folded
+    from tlt_cli.surgery.fold_glue import fold_glue
     from tlt_cli.surgery.verify import check, sample_tokens
     from tlt_cli.surgery.verify import verify as verified
 
@@ -158,7 +171,12 @@ def fold_checkpoint(
             if fitted is None:  # nothing can run it, but its products are what they are
                 plan = retyped(joined_plan(checkpoint.tensors, checkpoint.config or {}), kind)
             else:
-                plan = retyped(folded(fitted, {name: info.dtype for name, info in checkpoint.tensors.items()}), kind)
+                dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
+                plan = retyped((folded if fitted.groups is None else fold_glue)(fitted, dtypes), kind)
+            glued = fitted is not None and fitted.groups is not None
+            text = None
+            if data and fitted is not None:
+                text = load_tokens(tokenizer_for(checkpoint, fitted.sizes["vocab"], None), data).ids
             needless = tuple(path for path in checkpoint.companions if path.name != MODELING)
             checkpoint = replace(checkpoint, companions=needless)
             writing = Writing(
@@ -170,7 +188,7 @@ def fold_checkpoint(
         def compared(staged: Path) -> dict[str, Any]:
             assert fitted is not None
             found = verified(
-                fitted, plan, checkpoint, sample_tokens(fitted, seed=seed), written=open_checkpoint(staged)
+                fitted, plan, checkpoint, sample_tokens(fitted, text, seed=seed), written=open_checkpoint(staged)
             )
             check(plan, found)
             return found.report()
@@ -183,9 +201,10 @@ def fold_checkpoint(
         return carry_out(
             plan, checkpoint, out=out, writing=writing, command=shlex.join(words),
             changes=[
-                ("factored matrices", str(plan.details["folded"]), "0"),
+                ("glued linears" if glued else "factored matrices", str(plan.details["folded"]), "0"),
                 ("parameters", f"{before:,}", f"{plan.parameters:,}"),
             ],
+            files={MODELING: modeling_source()} if glued and not is_single_file(writing.output) else {},
             verify=compared if verify and fitted is not None and checkpoint.location is not None else None,
         )  # fmt: skip
 

@@ -44,6 +44,11 @@ class Gluing:
             raise UsageError("--glue-init says how glue starts, and there is none; add --glue lowrank")
 
     @property
+    def present(self) -> bool:
+        """Whether there is any."""
+        return self.kind != NONE
+
+    @property
     def fits(self) -> bool:
         """Whether it starts from a text."""
         return self.init == FITTED
@@ -79,7 +84,9 @@ def glue(
     from tlt_cli.calibration.stitch import stitch
 
     whole = fit(started.shapes, started.config, family=found[0][1].family)
-    tokens = load_tokens(tokenizer_for(found[0][0], whole.sizes["vocab"], None), [Path(text) for text in calibration or ()] or None)
+    tokens = load_tokens(
+        tokenizer_for(found[0][0], whole.sizes["vocab"], None), [Path(text) for text in calibration or ()] or None
+    )
     for note in tokens.notes:
         out.note(note)
     context = min(USUAL_CONTEXT, *(positions(fitted) for _, fitted in found), max(2, len(tokens.ids) // 8))

@@ -61,7 +61,7 @@ Vocab = Annotated[
 ]  # fmt: skip
 Calibration = Annotated[
     list[str] | None,
-    typer.Option("--calibration", metavar="TEXT", help="A text to fit to: the norms of --layout stock, the glue of --glue-init fit."),
+    typer.Option("--calibration", metavar="TEXT", help="A text to fit norms of --layout stock on, or --glue-init fit."),
 ]
 
 _GLUE = "Glue between the models"
@@ -83,6 +83,7 @@ GlueInit = Annotated[
         help="identity: it changes nothing yet; fit: by least squares between the models on a text.",
     ),
 ]  # fmt: skip
+
 
 def merge(
     sources: Sources,

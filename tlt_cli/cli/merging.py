@@ -23,7 +23,7 @@ from tlt_cli.checkpoint.together import together
 from tlt_cli.checkpoint.writer import check_target
 from tlt_cli.cli.console import Output
 from tlt_cli.cli.execute import Outcome, Writing, carry_out, derived_output, retyped
-from tlt_cli.cli.gluing import NONE, Gluing, glue, glue_words
+from tlt_cli.cli.gluing import Gluing, glue, glue_words
 from tlt_cli.cli.growing import table_files
 from tlt_cli.cli.merging_stock import Merging, damage_rows, stock_plan, verify_stock
 from tlt_cli.cli.opening import opened, parse_dtype
@@ -64,7 +64,7 @@ def merge_checkpoints(
     where the output does not compute their mean. `seed` is that of the tokens to verify on.
     """
     _check_options(layout, vocab, calibration if gluing is None or not gluing.fits else None)
-    if gluing is not None and gluing.kind != NONE and layout != "grouped":
+    if gluing is not None and gluing.present and layout != "grouped":
         raise UsageError("--glue stands between models that lie side by side: --layout grouped")
     if len(sources) < 2:
         raise UsageError(f"tlt merge takes two or more models, and {len(sources)} was given")
@@ -120,7 +120,8 @@ def merge_checkpoints(
             plan, values, out=out, writing=writing,
             command=_command(found, weights, kind, family, axes, max_shard_size, layout, vocab, calibration)
             + glue_words(gluing, calibration, seed),
-            changes=[*_changes(found, plan.parameters), *damage_rows(plan)], files=files, verify=compared if verify and local else None,
+            changes=[*_changes(found, plan.parameters), *damage_rows(plan)], files=files,
+            verify=compared if verify and local else None,
         )  # fmt: skip
 
 
@@ -141,7 +142,7 @@ def _check_options(layout: str, vocab: str, calibration: Sequence[str | Path] | 
         if given not in known:
             raise UsageError(f"{option} {given}: expected {' or '.join(known)}")
     if calibration and layout != "stock":
-        raise UsageError("--calibration fits the norms of --layout stock; grouped models are exact without it")
+        raise UsageError("--calibration fits the norms of --layout stock, or with --glue-init fit what glue starts as")
     if layout == "stock" and vocab == "union":
         raise UsageError("--layout stock takes models of one vocabulary; --vocab union goes with --layout grouped")
 
@@ -193,15 +194,13 @@ def _command(
     """The command that makes the same bytes from the same sources: no paths, no words on how to print."""
     words = ["tlt", "merge", *(source_name(checkpoint) for checkpoint, _ in found)]
     words += ["--weights", ",".join(f"{weight!r}" for weight in weights)] if weights is not None else []
-    if gluing is not None and gluing.words:
-        words += [*gluing.words, *(["--seed", str(seed)] if seed else [])]
     words += ["--dtype", dtype.lower()] if dtype else []
     words += ["--family", Path(family).name] if family else []
     for axis in axes or ():
         words += ["--axis", axis]
     words += ["--layout", layout] if layout != "grouped" else []
     words += ["--vocab", vocab] if vocab != "same" else []
-    for text in calibration or ():
+    for text in (calibration or ()) if layout == "stock" else ():
         words += ["--calibration", Path(text).name]
     words += ["--max-shard-size", max_shard_size] if max_shard_size else []
     return shlex.join(words)

@@ -25,6 +25,7 @@ from tlt_cli.families.factors import refuse_factored
 from tlt_cli.model.modeling import MODELING
 from tlt_cli.model.part import Child, Part
 from tlt_cli.model.text import load_tokens
+from tlt_cli.surgery.glue import idle
 from tlt_cli.surgery.plan import Plan
 from tlt_cli.surgery.slice import Chosen, Wanted, chosen, of_sizes, sliced, wanted_sizes
 from tlt_cli.surgery.slice_sizes import smaller
@@ -133,7 +134,9 @@ def _one_of_several(
     count = len(fitted.groups.parts)
     if wanted.block is None or wanted.level is not None or wanted.block[1] != count:
         raise TltError(f"this checkpoint is {count} models side by side: take one out with --block 1/{count}, then cut")
-    plan = taken_out(fitted, dtypes, wanted.block[0] - 1)
+    readable = fitted.groups.glue is not None and checkpoint.location is not None
+    still = readable and idle(checkpoint.read, fitted.places)
+    plan = taken_out(fitted, dtypes, wanted.block[0] - 1, idle=still)
     own = fitted.part(wanted.block[0] - 1)
     return Made(
         plan, lambda plan, written: verify_written(plan, checkpoint, written, own, text=text(), seed=request.seed)
@@ -173,7 +176,8 @@ def _calibrated(
             order=request.order, refit=request.refit, norm=wanted.norm, context=context, progress=progress,
         )  # fmt: skip
     told = {
-        "order": request.order, "refit": request.refit, "calibration": tokens.info, "context": context,
+        "order": request.order, "refit": request.refit, "context": context,
+        "calibration": {**tokens.info, "source": Path(str(tokens.info["source"])).name},
         "calibrated": made.details,
     }  # fmt: skip
     part = made.part or of_sizes(fitted, sizes, wanted.norm).part

@@ -292,7 +292,6 @@ class Grouped(Decoder):
                 yield name, (self.count, *shape)
         yield from glue
 
-
     def _glue_shapes(self, name: str, width: int) -> list[tuple[str, tuple[int, ...]]]:
         if self._glue["kind"] == "lowrank":
             rank = self._glue["rank"]

@@ -224,6 +224,11 @@ def parse_block(text: str) -> tuple[int, int]:
     return found
 
 
+def without_levels(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json that names no parts."""
+    return {key: value for key, value in config.items() if key not in (NESTED, FRACTAL)}
+
+
 def stated(levels: Sequence[Mapping[str, int]]) -> dict[str, Any]:
     """What config.json says under "nested"."""
     return {"norm": "sliced", "levels": [{name: level[name] for name in SIZES} for level in levels]}

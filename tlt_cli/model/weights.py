@@ -99,7 +99,8 @@ def load_checkpoint(
             return read_rows(name, 0, 0)
         ends = torch.nonzero(wanted.diff() != 1).flatten() + 1
         runs = wanted.tensor_split(ends)
-        return torch.cat([read_rows(name, int(run[0]), int(run[-1]) + 1) for run in runs])
+        found = [read_rows(name, int(run[0]), int(run[-1]) + 1) for run in runs]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def fetch(name: str) -> Tensor:
         tensor = read(name)

@@ -47,8 +47,10 @@ def fold_glue(fitted: Fit, dtypes: Mapping[str, str]) -> Plan:
             planned.append(_Product(fitted, module, place, name).planned(dtypes[name]))
             folded += 1
         else:
-            planned.append(PlannedTensor(name, (len(groups.parts), *shape(place.arrow, fitted.sizes)), dtypes[name], name))
-    config, notes = dict(fitted.config), ()
+            planned.append(
+                PlannedTensor(name, (len(groups.parts), *shape(place.arrow, fitted.sizes)), dtypes[name], name)
+            )
+    config, notes = dict(fitted.config), tuple[str, ...]()
     head = next(iter(at_layer(sites, None)), None)
     if head is not None and fitted.tied:
         name, place = next((name, place) for name, place in fitted.places.items() if "embedding" in place.roles)
@@ -124,7 +126,7 @@ class _Product:
         times = _times(self._glue(values, self.count * stored.shape[-1]))
         whole = (
             times(torch.cat([weight * part.double() for weight, part in zip(weights, some, strict=True)], dim=1), None)
-            for some in stored.split(_WORDS, dim=1)
+            for some in torch.split(stored, _WORDS, dim=1)
         )
         if self._transposed:
             yield torch.cat(list(whole)).T.contiguous()

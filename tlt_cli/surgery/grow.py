@@ -21,6 +21,7 @@ from tlt_cli.families.groups import refuse_grouped
 from tlt_cli.families.layers import move_patterns
 from tlt_cli.families.place import renamed
 from tlt_cli.model.describe import describe, embedding_scale, softmax_scales
+from tlt_cli.model.nested import without_levels
 from tlt_cli.surgery.arrows import METHODS, AxisMaps, axis_maps, sides
 from tlt_cli.surgery.depth import DEPTHS, Layers, layers
 from tlt_cli.surgery.plan import Plan
@@ -110,7 +111,7 @@ def prepare(
         raise TltError("nothing to grow: the model already has the sizes asked for")
     room(new)
     plan = layers(old["layer"], new["layer"], recipe.depth)
-    config = targets.config
+    config = without_levels(targets.config)
     if new["layer"] != old["layer"]:
         config = move_patterns(fit, config, plan.source)
     if "rotary" in new:
@@ -162,7 +163,7 @@ def grown(
             "layers": list(growth.layers.source),
             "silent": [layer for layer, silent in enumerate(growth.layers.silent) if silent],
             "config": changed,
-            "was": {key: fit.config[key] for key in changed if key in fit.config},
+            "was": {key: value for key, value in fit.config.items() if key in changed or key not in growth.config},
             "added": [key for key in changed if key not in fit.config],
         },
         notes=tuple(notes),
@@ -314,6 +315,8 @@ def _notes(growth: Growth) -> list[str]:
         notes.append("the rotation folds the final norm's gain into the head, so head and embedding are no longer tied")
     if len(growth.layers.source) > fit.sizes["layer"] and recipe.depth != "identity":
         notes.append(f"--depth {recipe.depth} does not keep the function: expect the loss to rise before it falls")
+    if without_levels(fit.config) != fit.config:
+        notes.append("the models inside of it (nested or fractal) stay behind: new entries are none of theirs")
     if growth.targets.sizes["vocab"] > fit.sizes["vocab"]:
         count, size = growth.targets.sizes["vocab"] - fit.sizes["vocab"], fit.sizes["vocab"]
         notes.append(

@@ -21,7 +21,7 @@ from tlt_cli.checkpoint.together import numbered
 from tlt_cli.errors import TltError
 from tlt_cli.families import Fit, Place, fit
 from tlt_cli.families.factors import ROPE_SCALING, refuse_factored
-from tlt_cli.families.groups import KEY, Groups, Part, check_weights, differences
+from tlt_cli.families.groups import KEY, Groups, Part, check_weights, differences, refuse_joint
 from tlt_cli.families.sizes import edit_config
 from tlt_cli.model.describe import OF_ONE_PART, describe
 from tlt_cli.model.modeling import shipped
@@ -75,6 +75,7 @@ def models(sources: Sequence[Source], weights: Sequence[float]) -> list[Model]:
     found = []
     for number, (source, weight) in enumerate(zip(sources, weights, strict=True)):
         groups = source.fit.groups
+        refuse_joint(groups, f"merging {source.name}")
         if groups is None:
             own = _speaking(source.fit, source.tokens)
             found.append(Model(number, source, None, own, weight, source.name, source.sha256))
@@ -218,6 +219,7 @@ def place_key(place: Place) -> tuple[tuple[str, ...], str, int | None]:
 
 
 def places_of(fitted: Fit) -> dict[tuple[tuple[str, ...], str, int | None], Place]:
+    """The tensors of a model by what they are."""
     return {place_key(place): place for place in fitted.places.values()}
 
 
@@ -258,10 +260,12 @@ class Slice:
 
     @property
     def dtype(self) -> str:
+        """As it is stored."""
         return self.model.source.dtypes[self.place.name]
 
     @property
     def rows(self) -> Rows:
+        """Where it lies among the tensors of all checkpoints."""
         name, at = numbered(self.model.number, self.place.name), self.model.slice
         return Rows(name, 0, self.shape[0]) if at is None else Rows(name, at, at + 1)
 

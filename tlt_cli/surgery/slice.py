@@ -123,10 +123,10 @@ def sliced(
     """
     part, level = found.part, found.level
     made = child(fit, part)
-    whole = {**made.fit.config, **_inner(fit, found), SLICED: {"norm": part.norm, "rules": part.rules}}
-    for key in (NESTED, FRACTAL, PREFIXES):
-        if key in whole and (key == PREFIXES or key not in _inner(fit, found)):
-            del whole[key]
+    inner = {} if tensors is not None else _inner(fit, found)  # weights that moved are no longer the levels' own
+    dropped = {NESTED, FRACTAL, PREFIXES} - set(inner)
+    whole = {key: value for key, value in made.fit.config.items() if key not in dropped}
+    whole |= {**inner, SLICED: {"norm": part.norm, "rules": part.rules}}
     whole = {**whole, **(config or {})}
     planned = tuple(planned_cut(name, cut, dtypes[cut.source]) for name, cut in made.cuts.items())
     made = replace(made, fit=replace(made.fit, config=whole))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,22 +13,30 @@ from tlt_cli.axes import shape
 from tlt_cli.checkpoint.planned import PlannedTensor, Rows, Tensors
 from tlt_cli.errors import TltError
 from tlt_cli.families import Fit, Place
+from tlt_cli.families.groups import refuse_joint
+from tlt_cli.model.decoder import Decoder
+from tlt_cli.model.describe import describe
+from tlt_cli.model.weights import load
+from tlt_cli.surgery.glue import spread
 from tlt_cli.surgery.merge import cut, slice_of
 from tlt_cli.surgery.plan import Plan
 
 
-def block(fitted: Fit, dtypes: Mapping[str, str], number: int) -> Plan:
+def block(fitted: Fit, dtypes: Mapping[str, str], number: int, *, idle: bool = False) -> Plan:
     """The Plan of part `number`, counted from 0, of a merged checkpoint: a stock model with its own config.json.
 
     `dtypes` are the stored dtypes by tensor name. What filled the part up is cut off; its weight was never in its
-    tensors. Raises TltError where there is no such part. The code that the merged checkpoint ships is not wanted beside
-    the output (`model.modeling.MODELING`).
+    tensors. `idle` says that all glue is still the identity. Raises TltError where there is no such part, or where it
+    is no model by itself any more. The code that the merged checkpoint ships is not wanted beside the output
+    (`model.modeling.MODELING`).
     """
     if fitted.groups is None:
         raise TltError("this checkpoint is one model: there is no part to take out; cut it by its sizes instead")
     count = len(fitted.groups.parts)
     if not 0 <= number < count:
         raise TltError(f"part {number + 1} of {count} was asked for; wanted one from 1 to {count}")
+    if not idle:
+        refuse_joint(fitted.groups, "taking one out")
     own, part = fitted.part(number), fitted.groups.parts[number]
     return Plan(
         operation="slice",
@@ -52,3 +61,21 @@ def _taken_out(place: Place, fitted: Fit, own: Fit, number: int, dtype: str) -> 
     return PlannedTensor(
         place.name, narrow, dtype, place.name, compute, 8 * math.prod(whole), copies=(rows,) if whole == narrow else ()
     )
+
+
+def alone(values: Tensors, fitted: Fit, number: int, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """Part `number` of a merged checkpoint run by itself, without glue; memory holds that part."""
+    own = fitted.part(number)
+
+    def read(name: str) -> Tensor:
+        arrow = own.places[name].arrow
+        return cut(slice_of(values, Rows(name, number, number + 1)), arrow, fitted.sizes, own.sizes)
+
+    return load(read, own.places, describe(own), dtype, device)
+
+
+def without_glue(fitted: Fit) -> Fit:
+    """The same models side by side, as if there were no glue between them."""
+    assert fitted.groups is not None
+    places = {name: place for name, place in fitted.places.items() if not spread(place)}
+    return replace(fitted, places=places, groups=replace(fitted.groups, glue=None))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -43,13 +44,14 @@ def verify_merge(
     """
     merged = fit(plan.shapes, plan.config, family=sources[0][1].family)
     bound, found, known = bound_of(merged), None, shared_tokens(rows)
-    for dtype in (torch.float32, torch.float64):
-        wanted = mean_logits(sources, weights, ids, dtype=dtype, rows=rows)
-        made = planned_decoder(plan, merged, values, dtype=dtype) if coarse else _read(written, merged, dtype)
-        second = distance(wanted, _read(written, merged, dtype)(ids)[..., known]) if coarse else None
-        found = Verification(distance(wanted, made(ids)[..., known]), bound, second)
-        if found.holds:
-            break
+    with _one_thread():
+        for dtype in (torch.float32, torch.float64):
+            wanted = mean_logits(sources, weights, ids, dtype=dtype, rows=rows)
+            made = planned_decoder(plan, merged, values, dtype=dtype) if coarse else _read(written, merged, dtype)
+            second = distance(wanted, _read(written, merged, dtype)(ids)[..., known]) if coarse else None
+            found = Verification(distance(wanted, made(ids)[..., known]), bound, second)
+            if found.holds:
+                break
     assert found is not None
     return found
 
@@ -81,6 +83,18 @@ def shared_tokens(rows: Sequence[Sequence[int] | None] | None) -> Tensor | slice
     if not translated:
         return slice(None)
     return torch.nonzero(torch.stack([own >= 0 for own in translated]).all(0)).flatten()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A few tokens through many small matrices: threads would wait for each other longer than they compute, ten times
+    so where something else is running."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _read(written: Checkpoint, fitted: Fit, dtype: torch.dtype) -> Decoder:

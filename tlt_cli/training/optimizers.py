@@ -34,6 +34,11 @@ def optimizers(
         {"params": [p for name, p in rest.items() if name not in thin], "weight_decay": recipe.weight_decay},
         {"params": [p for name, p in rest.items() if name in thin], "weight_decay": 0.0},
     ]
+    if recipe.optimizer == "muon" and any(trained[name].dim() == 3 for name in trained if name in inside):
+        raise UsageError(
+            "--optimizer muon takes one matrix at a time, and merged models have a matrix of each in one tensor; take "
+            "adamw"
+        )
     if recipe.optimizer == "muon" and not muon:
         raise UsageError("--optimizer muon is for the matrices of a model's blocks, and none is trained; take adamw")
     found: list[torch.optim.Optimizer] = []

@@ -1,0 +1,138 @@
+"""Glue on the command line: merged in, trained alone, looked at, measured stream by stream, folded away."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from factored import apart, modules_cache, remote  # noqa: F401
+from family_zoo import make_checkpoint, some_ids
+from merging import same_bits, weights_of
+from test_cli_merge import TEXT, elsewhere, report, tlt  # noqa: F401
+
+import tlt_cli
+
+pytestmark = pytest.mark.usefixtures("modules_cache", "elsewhere")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, a text in two streams, their merge with glue, and that trained."""
+    folder = tmp_path_factory.mktemp("glue")
+    for number in range(2):
+        make_checkpoint(folder / f"part{number}", "llama", tied=True, seed=number, vocab_size=300)
+    for number, text in enumerate((TEXT, TEXT[::-1])):
+        (folder / f"{number}.txt").write_text(text)
+    parts = [folder / "part0", folder / "part1"]
+    tlt_cli.merge(parts, folder / "glued", glue="lowrank", glue_rank=2, quiet=True)
+    tlt_cli.train(
+        folder / "glued", folder / "trained", data=[folder / "0.txt"], only=["*glue*"], steps=8, context=16, quiet=True
+    )
+    return folder
+
+
+def test_it_is_put_in_and_is_exact(made: Path) -> None:
+    found = report("merge", made / "part0", made / "part1", "--glue", "lowrank", "--glue-rank", 2, "-o", "glued")
+    assert found["exact"] and found["verification"]["relative"] <= found["verification"]["bound"]
+    assert found["glue"]["rank"] == 2 and len(found["glue"]["sites"]) == 8
+    assert found["command"] == "tlt merge part0 part1 --glue lowrank --glue-rank 2"
+    assert same_bits(Path("glued"), made / "glued")
+    report("merge", made / "part0", made / "part1", "--glue", "lowrank", "--seed", 1, "-o", "other")
+    assert not same_bits(Path("other"), made / "glued")
+    dry = report("merge", made / "part0", made / "part1", "--glue", "full", "-o", "dry", "--dry-run")
+    assert dry["glue"]["kind"] == "full" and not Path("dry").exists()
+
+
+def test_nothing_else_is_trained(made: Path) -> None:
+    before, after = weights_of(made / "glued"), weights_of(made / "trained")
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if ".glue" in name}
+    configs = [json.loads((made / name / "config.json").read_text()) for name in ("glued", "trained")]
+    assert configs[0]["groups"] == configs[1]["groups"]
+    result = tlt("slice", made / "glued", "--block", "2/2", "-o", "still")
+    assert result.exit_code == 0 and same_bits(Path("still"), made / "part1")
+    result = tlt("slice", made / "trained", "--block", "2/2", "-o", "no")
+    assert result.exit_code == 1 and "glued together; taking one out needs them apart" in result.stderr
+
+
+def test_it_folds(made: Path) -> None:
+    found = report("fold", made / "trained", "-o", "folded", "--data", made / "0.txt")
+    proof = found["verification"]
+    assert proof["relative"] <= proof["bound"] and proof["kl"] <= 1e-8 and proof["tokens"] > 128
+    assert found["folded"] == 22 and "matrix of its own" in found["notes"][0]
+    ids = some_ids(300)
+    with torch.no_grad():
+        exact = [remote(folder, dtype=torch.float64)(ids).logits for folder in (Path("folded"), made / "trained")]
+    assert apart(*exact) <= 1e-5
+    assert tlt("generate", "folded", "--prompt", "a", "--max-tokens", 3, "--temperature", 0).exit_code == 0
+    assert "folded into one another: model.layers" in tlt("inspect", "folded").stderr
+    assert tlt("train", "folded", "--data", made / "0.txt", "--steps", 2, "--context", 16, "-o", "on").exit_code == 0
+    for command, match in (
+        (("slice", "folded", "--block", "1/2"), "folded into one another; taking one out"),
+        (("merge", "folded", made / "part0"), "folded into one another; merging"),
+        (("fold", "folded"), "no glue between"),
+        (("factor", "folded", "--rank", 2), "2 models side by side"),
+    ):
+        result = tlt(*command)
+        assert result.exit_code == 1 and match in result.stderr
+    one = report("fold", made / "trained", "-o", "one.safetensors", "--dtype", "bfloat16")
+    assert one["verification"]["written"]["kl"] > 1e3 * one["verification"]["kl"], "rounding is told apart"
+
+
+def test_inspect_says_where_it_is(made: Path) -> None:
+    lines = [line for line in tlt("inspect", made / "trained").stderr.splitlines() if "glue" in line]
+    assert sum("folds into" in line for line in lines) == 8
+    assert any("would not fold: the residual stream" in line for line in lines)
+    assert any("lm_head" in line and "untied" in line for line in lines)
+    sites = report("inspect", made / "trained")["glue"]
+    assert [site["rank"] for site in sites if site["folds"]] == [2] * 8
+
+
+def test_streams(made: Path) -> None:
+    """Each part, all without glue, and with it, are what they are by themselves."""
+    tlt("fold", made / "trained", "-o", "folded", "-q")
+    streams = ("--data", made / "0.txt", "--data", made / "1.txt")
+    found = report("eval", made / "trained", "folded", "--streams", *streams)
+    alone = [made / "part0", made / "part1", made / "glued", made / "trained", "folded"]
+    assert found["streams"] == ["0.txt", "1.txt"] and len(found["models"]) == len(alone)
+    for row, source in zip(found["models"], alone, strict=True):
+        for name in found["streams"]:
+            expected = report("eval", source, "--data", made / name)
+            assert row["losses"][name]["nll"] == pytest.approx(expected["nll"], abs=1e-5)
+    losses = [row["losses"]["0.txt"]["nll"] for row in found["models"]]
+    assert losses[3] == pytest.approx(losses[4], abs=1e-5) and losses[3] < losses[2] - 0.01
+    table = tlt("eval", made / "glued", "--streams", *streams).stdout.splitlines()
+    assert table[0] == "model\t0.txt\t1.txt" and len(table) == 5
+    assert tlt("eval", made / "glued", "--streams").exit_code == 2
+    assert tlt("eval", made / "glued", "--streams", "--levels", *streams).exit_code == 2
+
+
+def test_a_start_that_is_fitted(made: Path) -> None:
+    sources = (made / "part0", made / "part1")
+    found = report(
+        "merge", *sources, "--glue", "full", "--glue-init", "fit", "--calibration", made / "0.txt", "-o", "f"
+    )
+    fitted = found["glue"]["fit"]
+    assert found["command"].endswith("--glue full --glue-init fit --calibration 0.txt")
+    assert fitted["losses"]["0.0"] >= fitted["losses"][str(fitted["share"])]
+    assert found["exact"] == (fitted["share"] == 0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (("--glue", "paste"), "none, lowrank, full, blocks"),
+        (("--glue-rank", 2), "goes with --glue lowrank"),
+        (("--glue", "lowrank", "--glue-rank", 100), "more than the 64"),
+        (("--glue-init", "fit"), "there is none"),
+        (("--glue", "full", "--glue-init", "guess"), "identity or fit"),
+        (("--glue", "full", "--layout", "stock"), "--layout grouped"),
+        (("--glue", "full", "--calibration", "t.txt"), "--glue-init fit"),
+    ],
+)
+def test_what_is_refused(made: Path, options: tuple[str | int, ...], match: str) -> None:
+    result = tlt("merge", made / "part0", made / "part1", "-o", "out", *options)
+    assert result.exit_code == 2 and match in result.stderr and not Path("out").exists()
