@@ -112,7 +112,8 @@ def test_any_sizes_a_family_can_have(tmp_path_factory: pytest.TempPathFactory, d
     source = opened(make_checkpoint(folder / "source", family, data.draw(st.booleans())))
     old = current(source.fitted)
     names = data.draw(st.lists(st.sampled_from(sorted(old)), min_size=1, unique=True))
-    sizes = {name: data.draw(st.integers(1, old[name]), label=name) for name in names}
+    least = {"dim": 8}  # a LayerNorm of two entries is little but a sign, and so is its rounding
+    sizes = {name: data.draw(st.integers(least.get(name, 1), old[name]), label=name) for name in names}
     norm = data.draw(st.sampled_from([None, "sliced", "masked"]))
     try:
         part = slice_to(folder / "part", source, norm, **sizes)
