@@ -4,10 +4,11 @@
     python examples/fractal.py [TEXT TEXT TEXT TEXT] [--steps 800] [--json table.json]
 
 A small Llama of bytes holds 4 blocks side by side, and in each of them 4 more. The batch is split: the whole sees every
-window, and in each level every window goes to one block. Trained first on the first text alone, whose windows are dealt
-out in equal shares, and then on all texts, each of which has a block of its own and in it four; as a control on the
-same windows, dealt out without a look at which text they are of. The tables have every model's loss on what is held out
-of each text, nats per byte. Without texts it takes four kinds from the standard library. Some minutes on one core.
+window, and in each level every window goes to one block. Trained first on the first text alone, with nothing inside and
+with blocks, to which windows are dealt out in equal shares; and then on all texts, each of which has a block of its own
+and in it four; as a control on the same windows, dealt out without a look at which text they are of. The tables have
+every model's loss on what is held out of each text, nats per byte. Without texts it takes four kinds from the standard
+library. Some minutes on one core.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from tlt_cli.model.decoder import Decoder
 from tlt_cli.model.perplexity import perplexity
 from tlt_cli.model.text import BYTES, Tokenizer
 from tlt_cli.training.corpus import Stream, read_streams
-from tlt_cli.training.fractal import check_splits, fractal
+from tlt_cli.training.fractal import check_splits
 from tlt_cli.training.init import initial_config
 from tlt_cli.training.loop import Run, take_step
-from tlt_cli.training.nested import inner_models, shares
+from tlt_cli.training.nested import inner_models, of_levels, shares
 from tlt_cli.training.objective import Loss
 from tlt_cli.training.optimizers import optimizers
 from tlt_cli.training.recipe import Recipe
@@ -62,15 +63,17 @@ def built_in(folder: Path) -> list[Path]:
     return [folder / f"{name}.txt" for name in texts]
 
 
-def trained(texts: Sequence[Stream], recipe: Recipe, spec: str, *, by_stream: bool = True) -> dict[str, Decoder]:
-    """A model trained with the others inside; all of them by name, running where they are."""
+def trained(
+    texts: Sequence[Stream], recipe: Recipe, spec: str, *, levels: int = LEVELS, by_stream: bool = True
+) -> dict[str, Decoder]:
+    """A model trained with the others inside, of one level with none; all of them by name, running where they are."""
     fit = blank(initial_config(spec, vocab=BYTES, context=recipe.context))
-    check_splits(fit, LEVELS, SPLIT)
-    fit = replace(fit, config={**fit.config, "fractal": {"norm": "sliced", "levels": LEVELS, "split": SPLIT}})
+    check_splits(fit, levels, SPLIT)
+    fit = replace(fit, config={**fit.config, "fractal": {"norm": "sliced", "levels": levels, "split": SPLIT}})
     decoder = new_decoder(fit, seed=recipe.seed)
     inner = inner_models(decoder, fit)
     models = [[each.decoder for each in level] for level in inner]
-    objective = fractal(models, shares(LEVELS), streams=len(texts) if by_stream else 1)
+    objective = of_levels(models, shares(levels), streams=len(texts) if by_stream else 1)
 
     def without_a_look(decoder: Decoder, batch: Batch) -> Loss:
         return objective(decoder, replace(batch, streams=torch.zeros_like(batch.streams)))
@@ -129,8 +132,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         steps=options.steps, learning_rate=options.lr, batch=options.batch, context=options.context, seed=options.seed
     )
     first = next(iter(held))
-    tables = {f"trained on {first} alone": measured(trained(training[:1], recipe, spec), {first: held[first]})}
-    shown(*next(iter(tables.items())))
+    tables = {}
+    for title, levels in ((f"trained on {first} alone, with nothing inside", 1), (f"on {first} alone", LEVELS)):
+        tables[title] = measured(trained(training[:1], recipe, spec, levels=levels), {first: held[first]})
+        shown(title, tables[title])
     if len(training) > 1:
         for title, by_stream in (("each text to blocks of its own", True), ("dealt out without a look", False)):
             tables[title] = measured(trained(training, recipe, spec, by_stream=by_stream), held)

@@ -76,7 +76,7 @@ fi
 
 python3 - "${#seeds[@]}" "${seeds[@]}" "${forms[@]}" <<'PYTHON'
 import json, sys
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 
 count = int(sys.argv[1])
 seeds, forms = sys.argv[2 : 2 + count], sys.argv[2 + count :]
@@ -86,6 +86,6 @@ for form in forms:
     runs = [json.load(open(f"{form}-{seed}.train.json"))["evaluation"]["loss"] for seed in seeds]
     seen = [json.load(open(f"{form}-{seed}.json"))["maps"] for seed in seeds]
     columns = [runs, *([maps[at]["ari"] for maps in seen] for at in range(4)), [maps[0]["category_silhouette"] for maps in seen]]
-    cells = [f"{fmean(values):.3f} ± {pstdev(values):.3f}" for values in columns]
+    cells = [f"{fmean(values):.3f} ± {stdev(values) if len(values) > 1 else 0.0:.3f}" for values in columns]
     print(f"{form:10}" + "".join(f"{cell:>16}" for cell in cells[:-1]) + f"{cells[-1]:>28}")
 PYTHON

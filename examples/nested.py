@@ -31,7 +31,7 @@ from tlt_cli.model.text import BYTES, Tokenizer
 from tlt_cli.training.corpus import read_streams
 from tlt_cli.training.init import initial_config
 from tlt_cli.training.loop import Run, take_step
-from tlt_cli.training.nested import Drawn, Inner, inner_models, nested, shares
+from tlt_cli.training.nested import Drawn, Inner, inner_models, of_levels, shares
 from tlt_cli.training.objective import Objective, next_token
 from tlt_cli.training.optimizers import optimizers
 from tlt_cli.training.recipe import Recipe
@@ -68,9 +68,9 @@ def compared(fit: Fit, windows: Windows, held: Tensor, recipe: Recipe, *, sample
         return [measured(decoder), *(measured(inner.decoder) for inner in inside(decoder, fit))]
 
     together = new_decoder(fit, seed=recipe.seed)
-    models = [inner.decoder for inner in inside(together, fit)]
+    models = [[inner.decoder] for inner in inside(together, fit)]
     drawn = Drawn(recipe.batch, recipe.seed) if sampled else None
-    train(together, windows, recipe, nested(models, shares(1 + len(models)), drawn=drawn))
+    train(together, windows, recipe, of_levels(models, shares(1 + len(models)), drawn=drawn))
     found = {"nested": measured_with(together)}
     plain = new_decoder(fit, seed=recipe.seed)
     train(plain, windows, recipe)

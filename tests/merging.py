@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 from family_zoo import make_checkpoint, some_ids, stock_logits
 from growing import Source, opened
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tlt_cli.checkpoint.together import together
 from tlt_cli.checkpoint.writer import write
 from tlt_cli.model.modeling import MODELING, modeling_source
+from tlt_cli.model.weights import load_checkpoint
 from tlt_cli.surgery import merge as surgery
 from tlt_cli.surgery.plan import Plan
 from tlt_cli.surgery.unmerge import block
@@ -45,6 +47,35 @@ def made(folder: Path, family: str, tied: bool, variants: Sequence[dict[str, Any
         opened(make_checkpoint(folder / f"part{seed}", family, tied, seed=seed, **variant))
         for seed, variant in enumerate(variants)
     ]
+
+
+def noisy(clean: Source, folder: Path, count: int = 3, size: float = 0.2) -> list[Source]:
+    """Copies of a model, each with noise of its own, of `size` deviations of every matrix: alike, and none as good."""
+    found, plain = [], weights_of(clean.folder)
+    for number in range(count):
+        generator = torch.Generator().manual_seed(number)
+        worse = {
+            name: tensor + size * tensor.std() * torch.randn(tensor.shape, generator=generator)
+            if tensor.dim() > 1
+            else tensor
+            for name, tensor in plain.items()
+        }
+        copy = folder / f"noisy{number}"
+        shutil.copytree(clean.folder, copy)
+        save_file(worse, copy / "model.safetensors", {"format": "pt"})
+        found.append(opened(copy))
+    return found
+
+
+@torch.no_grad()
+def sampled(clean: Source, batch: int, length: int, among: tuple[int, int], sharpness: float = 3.0) -> Tensor:
+    """What a model says, [batch, length], drawn from its logits times `sharpness`, of the tokens from..to alone."""
+    decoder, generator = load_checkpoint(clean.checkpoint, clean.fitted), torch.Generator().manual_seed(0)
+    ids = torch.randint(*among, (batch, 1), generator=generator)
+    while ids.shape[1] < length:
+        logits = sharpness * decoder(ids)[:, -1, slice(*among)]
+        ids = torch.cat([ids, among[0] + torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=1)
+    return ids
 
 
 def merged(folder: Path, parts: Sequence[Source], weights: Sequence[float] | None = None) -> Merged:

@@ -16,10 +16,11 @@ from family_zoo import ZOO, make_checkpoint, some_ids, stock_logits
 from tlt_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from tlt_cli.errors import TltError
 from tlt_cli.families.fit import Fit, fit
-from tlt_cli.model.decoder import Decoder, frequencies
+from tlt_cli.model.decoder import Decoder
 from tlt_cli.model.describe import describe
 from tlt_cli.model.generate import generate
 from tlt_cli.model.perplexity import perplexity
+from tlt_cli.model.step import frequencies
 from tlt_cli.model.text import load_tokenizer, load_tokens
 from tlt_cli.model.weights import load, load_checkpoint
 

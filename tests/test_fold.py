@@ -14,7 +14,7 @@ import torch
 from factored import FULL, MIX, WAYS, Case, How, apart, case, case_of, modules_cache, remote  # noqa: F401
 from family_zoo import ZOO, make_checkpoint, some_ids, stock_logits
 from growing import opened
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tlt_cli.surgery.fold as folding
@@ -246,6 +246,20 @@ def test_in_a_notebook(tmp_path: Path, made: Case) -> None:
     assert report["verification"]["relative"] <= BOUND
     both = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("folded", "typed")]
     assert both[0] == both[1]
+
+
+def test_the_text_of_the_proof(tmp_path: Path) -> None:
+    """It is read before any work and not at all where nothing is proved; what there is to say of it is said."""
+    case(tmp_path / "source", "llama", MIX, vocab_size=300).write(tmp_path / "low")
+    (tmp_path / "t.txt").write_text("a" * 300)
+    run = tlt("fold", "low", "--data", "missing.txt", "-o", "out", cwd=tmp_path)
+    assert run.returncode == 1 and "missing.txt: no such file" in run.stderr and not (tmp_path / "out").exists()
+    assert tlt("fold", "low", "--data", "missing.txt", "--no-verify", "-o", "out", cwd=tmp_path).returncode == 0
+    save_file({"layer.weight": torch.randn(8, 8)}, tmp_path / "one.safetensors")
+    assert tlt("factor", "one.safetensors", "--rank", "2", "-o", "low.safetensors", cwd=tmp_path).returncode == 0
+    run = tlt("fold", "low.safetensors", "--data", "t.txt", "-o", "plain.safetensors", cwd=tmp_path)
+    assert run.returncode == 2 and "no family fits low.safetensors" in run.stderr
+    assert tlt("fold", "low.safetensors", "-o", "plain.safetensors", cwd=tmp_path).returncode == 0
 
 
 def test_nothing_to_fold(tmp_path: Path, made: Case) -> None:

@@ -24,8 +24,8 @@ from tlt_cli.checkpoint.reader import open_checkpoint
 from tlt_cli.families import Fit, fit
 from tlt_cli.model.decoder import Decoder
 from tlt_cli.model.weights import load_checkpoint
-from tlt_cli.training.fractal import assigned, fractal, seen
-from tlt_cli.training.nested import Inner, inner_models, shares
+from tlt_cli.training.fractal import assigned, seen
+from tlt_cli.training.nested import Inner, inner_models, of_levels, shares
 from tlt_cli.training.objective import next_token, scored
 from tlt_cli.training.saving import save
 from tlt_cli.training.windows import Batch, Windows
@@ -106,9 +106,9 @@ def test_a_block_learns_from_its_own_rows_as_if_it_were_alone(tmp_path: Path, fa
     decoder, found = opened(make_checkpoint(tmp_path, family, num_key_value_heads=4), levels=2)
     (blocks,) = inner_models(decoder, found)
     batch = replace(some_batch(rows=6), streams=torch.tensor([0, 1, 0, 1, 1, 0]))
-    objective = fractal([[block.decoder for block in blocks]], (0.0, 1.0), streams=2)
+    objective = of_levels([[block.decoder for block in blocks]], (0.0, 1.0), streams=2)
     together = gradients(decoder, objective(decoder, batch).total)
-    others = [fractal([[b.decoder for b in blocks]], (0.0, 1.0), streams=2)(decoder, batch[rows]).total
+    others = [of_levels([[b.decoder for b in blocks]], (0.0, 1.0), streams=2)(decoder, batch[rows]).total
               for rows in (torch.tensor([1, 3, 4]), torch.tensor([0, 2, 5]))]  # fmt: skip
     without_own = [gradients(decoder, total) for total in others]
     common: dict[str, list[Tensor]] = {}
@@ -134,7 +134,7 @@ def test_a_block_learns_from_its_own_rows_as_if_it_were_alone(tmp_path: Path, fa
 
 def test_swapped_streams_are_others_rows(tmp_path: Path) -> None:
     decoder, found = opened(make_checkpoint(tmp_path, "llama"))
-    objective = fractal(decoders(inner_models(decoder, found)), (0.0, 0.5, 0.5), streams=2)
+    objective = of_levels(decoders(inner_models(decoder, found)), (0.0, 0.5, 0.5), streams=2)
     batch = replace(some_batch(rows=4), streams=torch.tensor([0, 0, 1, 1]))
     swapped = replace(batch, streams=1 - batch.streams)
     one, other = (gradients(decoder, objective(decoder, each).total) for each in (batch, swapped))
@@ -146,7 +146,7 @@ def test_a_levels_loss_is_the_sum_over_its_blocks(tmp_path: Path) -> None:
     decoder, found = opened(make_checkpoint(tmp_path, "llama"))
     inner = inner_models(decoder, found)
     batch = replace(some_batch(rows=5, packed=False), streams=torch.tensor([0, 1, 2, 0, 1]))
-    loss = fractal(decoders(inner), (0.5, 0.3, 0.2), streams=3)(decoder, batch)
+    loss = of_levels(decoders(inner), (0.5, 0.3, 0.2), streams=3)(decoder, batch)
     total = 0.5 * float(loss.nll)
     for level, weight in ((1, 0.3), (2, 0.2)):
         chosen = assigned(batch, 3, len(inner[level - 1])).tolist()
@@ -164,7 +164,7 @@ def test_micro_batches_change_nothing(tmp_path: Path) -> None:
     ends, logged = [], []
     for micro in (None, 1, 3):
         decoder, found = opened(folder, dtype=torch.float32)
-        objective = fractal(decoders(inner_models(decoder, found)), shares(3), streams=1)
+        objective = of_levels(decoders(inner_models(decoder, found)), shares(3), streams=1)
         logged.append([done.numbers for done in take_steps(decoder, stream, objective, steps=3, micro=micro)])
         ends.append(values(decoder))
     for end, numbers in zip(ends[1:], logged[1:], strict=True):
@@ -192,10 +192,12 @@ def streams(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_children_learn_what_they_are_given(here: Path, streams: Path, tmp_path: Path) -> None:  # noqa: F811
     """On two kinds of text each block is far better on its own, and stock transformers says so of one taken out. The
-    whole knows both, and so do, the negative control, the blocks of a model that was trained on one kind as one."""
+    whole knows both, and so do, the negative control, the blocks of a model that was trained on both as one stream."""
     model = make_checkpoint(tmp_path / "model", "llama", vocab_size=256, num_key_value_heads=4)
-    data = ("--data", streams / "letters.txt", "--data", streams / "digits.txt")
-    report = train(model, *data, "--steps", "60", *SHAPE, "--fractal", "3", "--split", "2", "--lr", "1e-2", "-o", "out")
+    texts = (streams / "letters.txt", streams / "digits.txt")
+    data = ("--data", texts[0], "--data", texts[1])
+    shape = ("--steps", "60", *SHAPE, "--fractal", "3", "--split", "2", "--lr", "1e-2", "--eval-every", "60")
+    report = train(model, *data, *shape, "-o", "out")
     found = {row["model"]: row["streams"] for row in report["evaluation"]["models"]}
     print(json.dumps(report["evaluation"], indent=1))
     assert list(found) == ["1:1/2", "1:2/2", "2:1/4", "2:2/4", "2:3/4", "2:4/4"]
@@ -203,6 +205,13 @@ def test_children_learn_what_they_are_given(here: Path, streams: Path, tmp_path:
         own, other = ("letters", "digits") if name in ("1:1/2", "2:1/4", "2:2/4") else ("digits", "letters")
         assert losses[own] + 1 < losses[other]
     assert max(report["evaluation"][f"loss_{name}"] for name in ("letters", "digits")) < 1
+    Path("joined.txt").write_text("".join(text.read_text() for text in texts))
+    measured = ("--eval-data", texts[0], "--eval-data", texts[1], "--eval-tokens", "2048")
+    blind = train(model, "--data", "joined.txt", *measured, *shape, "-o", "blind")["evaluation"]["models"]
+    told_apart = [[abs(losses["letters"] - losses["digits"]) for losses in each]
+                  for each in (found.values(), [row["streams"] for row in blind])]  # fmt: skip
+    print(told_apart)
+    assert 3 * max(told_apart[1]) < min(told_apart[0])
     told = report["evaluation"]["loss_level_1"]  # each block's loss on what it was given, by tokens
     assert min(found["1:1/2"]["letters"], found["1:2/2"]["digits"]) < told
     assert told < max(found["1:1/2"]["letters"], found["1:2/2"]["digits"])

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from factored import apart, modules_cache, remote  # noqa: F401
-from family_zoo import ZOO, some_ids
+from family_zoo import ZOO, make_checkpoint, some_ids
 from growing import Source, opened
-from merging import made, merged, weights_of
+from merging import made, merged, noisy, sampled, weights_of
 from safetensors.torch import save_file
 from test_merge import UNLIKE, missed, run
 from torch import Tensor
 
+from tlt_cli.calibration import stitch as stitching
 from tlt_cli.calibration.stitch import stitch
 from tlt_cli.checkpoint.together import together
 from tlt_cli.checkpoint.writer import write
@@ -143,6 +144,18 @@ def test_it_starts_as_nothing(tmp_path: Path, family: str, kind: str) -> None:
     one = written(tmp_path / "folded", folded(after), after)
     with pytest.raises(TltError, match="folded into one another; taking one out"):
         block(one.fitted, one.dtypes, 0)
+
+
+@everywhere
+@torch.no_grad()
+def test_a_part_alone_is_streamed(tmp_path: Path, family: str) -> None:
+    """As it is in memory, with none of it held; narrower parts too."""
+    parts = made(tmp_path, family, True, UNLIKE[family])
+    source, device = merge_with_glue(tmp_path / "glued", parts, "full"), torch.device("cpu")
+    for number, part in enumerate(parts):
+        found = alone(source.checkpoint, source.fitted, number, torch.float32, device, stream=True)
+        assert all(tensor.is_meta for tensor in found.stored.values())
+        assert apart(found(some_ids()), run(part.folder)(some_ids())) <= BOUND
 
 
 def step(decoder: Decoder, only: str = "") -> dict[str, float]:
@@ -360,26 +373,50 @@ def test_stitching_alike_models(tmp_path: Path, kind: str) -> None:
         stitch(decoder, ids[:3])
 
 
+@kinds
 @torch.no_grad()
-def test_stitching_takes_the_measure_that_loses_least(tmp_path: Path) -> None:
-    """All measures are tried, and where none of them beats the identity it stays that."""
-    parts = made(tmp_path, "llama", False, [{}, {}, {}])
-    plain = weights_of(parts[0].folder)
-    for number, part in enumerate(parts):
-        noise = torch.Generator().manual_seed(number)
-        worse = {
-            name: tensor + 0.2 * tensor.std() * torch.randn(tensor.shape, generator=noise)
-            if tensor.dim() > 1
-            else tensor
-            for name, tensor in plain.items()
-        }
-        save_file(worse, part.folder / "model.safetensors", {"format": "pt"})
-    source = merge_with_glue(tmp_path / "glued", [opened(part.folder) for part in parts], "full")
+def test_stitching_takes_the_measure_that_loses_least(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Worse copies of a model read what it says: each learns from the others. Of maps whose rows are mixed up none
+    helps. What is read alike is measured and solved once."""
+    clean = opened(make_checkpoint(tmp_path / "clean", "llama", False))
+    source = merge_with_glue(tmp_path / "glued", noisy(clean, tmp_path), kind)
+    ids, solved, plain = sampled(clean, 48, 32, (0, 97)), list[int](), stitching._difference
+
+    def counting(moment: Tensor, count: int) -> Tensor:
+        solved.append(len(moment))
+        return plain(moment, count)
+
+    def mixed_up(moment: Tensor, count: int) -> Tensor:
+        rows = torch.randperm(len(moment), generator=torch.Generator().manual_seed(1))
+        return plain(moment, count)[rows]
+
+    gains = []
+    for difference in (counting, mixed_up):
+        decoder = run(source.folder)
+        assert isinstance(decoder, Grouped)
+        monkeypatch.setattr(stitching, "_difference", difference)
+        found = stitch(decoder, ids)
+        assert found.losses.keys() == {0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0}
+        assert found.losses[found.share] == min(found.losses.values())
+        assert (found.starts is None) == (found.share == 0.0)
+        gains.append(found.losses[0.0] - found.losses[found.share])
+        if difference is counting:
+            assert found.share > 0 and found.starts is not None
+            names = {name for name in source.fitted.places if ".glue" in name}
+            assert {f"{module}.{name}.weight" for module, tensors in found.starts.items() for name in tensors} == names
+    assert gains[0] >= 0.03 and gains[1] <= 0.003, gains
+    assert len(solved) == 4 * 3 + 1
+
+
+def test_stitching_of_what_memory_does_not_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = merge_with_glue(tmp_path / "glued", made(tmp_path, "llama", False, [{}, {}]), "blocks")
     decoder = run(source.folder)
     assert isinstance(decoder, Grouped)
-    ids = some_ids(batch=48, length=32)
-    found = stitch(decoder, ids)
-    assert found.losses.keys() == {0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0}
-    assert (found.starts is None) == (found.share == 0.0)
-    assert found.losses[found.share] == min(found.losses.values())
-    assert all(math.isfinite(loss) for loss in found.losses.values())
+    whole = 8 * (3 * (3 * 64**2 + 96**2) + 64**2)  # three layers of four inputs each, and the head's
+    monkeypatch.setattr(stitching, "_MOST_BYTES", whole)
+    stitch(decoder, some_ids(batch=4))
+    monkeypatch.setattr(stitching, "_MOST_BYTES", whole - 1)
+    with pytest.raises(TltError, match="start from the identity"):
+        stitch(decoder, some_ids(batch=4))

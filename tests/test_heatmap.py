@@ -187,7 +187,9 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(1, "cannot read none.json", "model", "--categories", "none.json")
     refused(2, "--toml prints", "model", "--toml", "--prefixes", "8")
     refused(2, "--force says nothing without --heatmap", "model", "--force")
-    refused(2, "--tokenizer says nothing without --heatmap", "model", "--tokenizer", "x.json")
+    refused(2, "--force says nothing without --heatmap", "model", "--prefixes", "8", "--force")
+    refused(2, "--tokenizer says nothing without --prefixes, --categories, --tokens or --heatmap", "model",
+            "--tokenizer", "x.json")  # fmt: skip
     save_file({"x": torch.zeros(3)}, "none.st")
     refused(1, "none.st", "none.st", "--prefixes", "8")
     tensors = load_file("model/model.safetensors")

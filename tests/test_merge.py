@@ -103,6 +103,22 @@ def test_each_comes_back_bit_for_bit(tmp_path: Path, family: str, tied: bool, co
     assert not same_bits(tmp_path / "back0", parts[1].folder)
 
 
+@torch.no_grad()
+def test_what_is_wanted_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not for every tensor again: of many layers that is most of the time."""
+    source, listed, plain = opened(make_checkpoint(tmp_path / "one", "llama")), list[int](), Decoder.stored
+
+    def counted(decoder: Decoder) -> dict[str, torch.Tensor]:
+        listed.append(1)
+        found: dict[str, torch.Tensor] = plain.fget(decoder)  # type: ignore[attr-defined]
+        return found
+
+    monkeypatch.setattr(Decoder, "stored", property(counted))
+    for stream in (False, True):
+        load_checkpoint(source.checkpoint, source.fitted, stream=stream)(some_ids())
+    assert len(listed) == 2
+
+
 @everywhere
 @torch.no_grad()
 def test_four_times_one_model_is_the_model(tmp_path: Path, family: str) -> None:

@@ -12,7 +12,7 @@ import transformers
 from factored import apart
 from family_zoo import make_checkpoint, some_ids, stock_logits
 from growing import opened
-from merging import made, weights_of
+from merging import made, merged, weights_of
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -23,10 +23,11 @@ from tlt_cli.cli import app
 from tlt_cli.errors import TltError
 from tlt_cli.families import fit
 from tlt_cli.model.decoder import Decoder
+from tlt_cli.surgery import stock_layout as stock_module
 from tlt_cli.surgery.merge import Source
 from tlt_cli.surgery.plan import Plan
 from tlt_cli.surgery.stock_layout import check_head_norms, stock_layout
-from tlt_cli.surgery.verify import planned_decoder
+from tlt_cli.surgery.verify import planned_decoder, sample_tokens
 
 BOUND = 1e-5
 WRONG = 1e-1
@@ -136,6 +137,33 @@ def test_what_a_stock_model_cannot_hold(tmp_path: Path, family: str, second: dic
     assert "\n" not in str(error.value)
 
 
+def test_tables_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few rows at a time where a file has the table as it is; one that lies beside others is read whole, once."""
+    parts = [make_checkpoint(tmp_path / f"part{at}", "llama", seed=at) for at in range(3)]
+    merged(tmp_path / "merged", [opened(part) for part in parts[:2]])
+    monkeypatch.setattr(stock_module, "_ROWS", 10 * 3 * 32)  # ten rows of three models
+    sources = [tmp_path / "merged", parts[2]]
+    (table,) = [one for one in stock_layout(sources_of(sources)).tensors if "embed_tokens" in one.name]
+    values, read = together([opened(folder).checkpoint for folder in sources]), list[tuple[str, int]]()
+
+    class Seen:
+        """What reads, and remembers how many rows of what."""
+
+        def read(self, name: str) -> torch.Tensor:
+            raise AssertionError(f"{name} is read as a whole")
+
+        def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+            read.append((name[:2], stop - start))
+            return values.read_rows(name, start, stop)
+
+    assert table.compute is not None
+    whole = torch.cat(list(table.compute(Seen())))
+    assert torch.equal(whole, torch.cat([weights_of(part)["model.embed_tokens.weight"] for part in parts], dim=1))
+    assert read.count(("1:", 1)) == 2 and sorted(read)[2:] == [("2:", 7), *[("2:", 10)] * 9]
+    (plain,) = [one for one in stock_layout(sources_of(parts)).tensors if "embed_tokens" in one.name]
+    assert (plain.work, table.work) == (16 * 10 * 3 * 32, 16 * 97 * 3 * 32)
+
+
 def test_gains_of_heads_must_agree(tmp_path: Path) -> None:
     folders = [make_checkpoint(tmp_path / f"part{at}", "qwen3", seed=at) for at in range(2)]
     values = together([opened(folder).checkpoint for folder in folders])
@@ -167,9 +195,11 @@ def test_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fitted["command"] == "tlt merge part0 part1 --layout stock --calibration t.txt"
     card = (tmp_path / "fitted" / "README.md").read_text()
     assert "is not the mean of their logits" in card and "perplexity, text" in card
-    wanted = sum(stock_logits(tmp_path / f"part{at}", some_ids(300)) for at in range(2)) / 2
     assert not list((tmp_path / "fitted").glob("*.py"))
-    assert apart(stock_logits(tmp_path / "fitted", some_ids(300)), wanted) > 0
+    ids = sample_tokens(opened(tmp_path / "part0").fitted)
+    wanted = sum(stock_logits(tmp_path / f"part{at}", ids) for at in range(2)) / 2
+    lost = apart(stock_logits(tmp_path / "fitted", ids), wanted)
+    assert lost == pytest.approx(fitted["damage"]["random"]["relative"], rel=1e-3), "as transformers measures it"
     before = (tmp_path / "fitted" / "model.safetensors").read_bytes()
     report("-o", "fitted", "--calibration", "t.txt", "--force")
     assert (tmp_path / "fitted" / "model.safetensors").read_bytes() == before

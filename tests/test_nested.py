@@ -22,13 +22,13 @@ from tlt_cli.checkpoint.reader import open_checkpoint
 from tlt_cli.families import Fit, fit
 from tlt_cli.model.decoder import Decoder
 from tlt_cli.model.describe import describe
-from tlt_cli.model.nested import shrunk, stated
+from tlt_cli.model.nested import shrunk, stated, without_levels
 from tlt_cli.model.part import Child
 from tlt_cli.model.perplexity import perplexity
 from tlt_cli.model.weights import load_checkpoint
 from tlt_cli.training.corpus import Stream, of_ids
 from tlt_cli.training.loop import Done, Run, take_step
-from tlt_cli.training.nested import Drawn, Inner, inner_models, nested, shares
+from tlt_cli.training.nested import Drawn, Inner, inner_models, of_levels, shares
 from tlt_cli.training.objective import Objective, next_token, scored
 from tlt_cli.training.optimizers import optimizers
 from tlt_cli.training.recipe import Recipe
@@ -135,7 +135,7 @@ def test_steps_on_a_level_are_those_of_the_model_alone() -> None:
     inner = inside(decoder, found)[0]
     alone = taken_out(decoder, inner.child)
     start = values(decoder)
-    there = take_steps(decoder, of_ids(pattern()), nested([inner.decoder], (0.0, 1.0)), clip=0.5)
+    there = take_steps(decoder, of_ids(pattern()), of_levels([[inner.decoder]], (0.0, 1.0)), clip=0.5)
     own = take_steps(alone, of_ids(pattern()), next_token, clip=0.5)
     for done, expected in zip(there, own, strict=True):
         assert done.numbers["loss_level_1"] == pytest.approx(expected.loss, rel=1e-6)
@@ -149,7 +149,7 @@ def test_steps_on_a_level_are_those_of_the_model_alone() -> None:
 def test_without_levels_it_is_the_plain_objective() -> None:
     batch = some_batch(VOCAB)
     decoder = small()[0]
-    one, other = nested([], shares(1))(decoder, batch), next_token(decoder, batch)
+    one, other = of_levels([], shares(1))(decoder, batch), next_token(decoder, batch)
     assert torch.equal(one.total, other.total) and torch.equal(one.nll, other.nll) and not one.numbers
     first, second = gradients(decoder, one.total), gradients(decoder, other.total)
     assert all(torch.equal(first[name], second[name]) for name in second)
@@ -160,11 +160,12 @@ def test_the_log_has_each_levels_loss() -> None:
     batch = Windows((documents([9, 30, 200]),), 16).batch(0, 4)
     expected = [float(next_token(inner.decoder, batch).nll) / scored(batch) for inner in inside(decoder, found)]
     whole = float(next_token(decoder, batch).nll) / scored(batch)
-    models = [inner.decoder for inner in inside(decoder, found)]
     for micro in (None, 1, 3):
         decoder = small()[0]
         models = [inner.decoder for inner in inside(decoder, found)]
-        (done,) = take_steps(decoder, documents([9, 30, 200]), nested(models, shares(3)), steps=1, micro=micro)
+        (done,) = take_steps(
+            decoder, documents([9, 30, 200]), of_levels([[model] for model in models], shares(3)), steps=1, micro=micro
+        )
         assert done.loss == pytest.approx(whole, rel=1e-5)
         assert [done.numbers[f"loss_level_{at}"] for at in (1, 2)] == pytest.approx(expected, rel=1e-5)
 
@@ -175,7 +176,13 @@ def test_micro_batches_change_nothing(drawn: Drawn | None) -> None:
     for micro in (None, 1, 3):
         decoder, found = small()
         models = [inner.decoder for inner in inside(decoder, found)]
-        take_steps(decoder, documents([9, 30, 200]), nested(models, shares(3), drawn=drawn), steps=4, micro=micro)
+        take_steps(
+            decoder,
+            documents([9, 30, 200]),
+            of_levels([[model] for model in models], shares(3), drawn=drawn),
+            steps=4,
+            micro=micro,
+        )
         ends.append(values(decoder))
     for end in ends[1:]:
         assert max(apart(end[name], ends[0][name]) for name in end) < 1e-3
@@ -192,7 +199,7 @@ def test_each_step_draws_one_level() -> None:
     decoder, levels = small()
     models = [inner.decoder for inner in inside(decoder, levels)]
     batch = windows.batch(0, 4)
-    loss = nested(models, (0.5, 0.25, 0.25), drawn=drawn)(decoder, batch)
+    loss = of_levels([[model] for model in models], (0.5, 0.25, 0.25), drawn=drawn)(decoder, batch)
     (name,) = loss.numbers
     assert name == f"loss_level_{drawn(batch, 2) + 1}"
     total = 0.5 * float(loss.nll) + 2 * 0.25 * float(loss.numbers[name])
@@ -206,7 +213,7 @@ def test_a_nested_model_can_be_cut_and_a_plain_one_cannot() -> None:
     for way in ("nested", "plain"):
         decoder, found = small()
         models = [inner.decoder for inner in inside(decoder, found)]
-        objective = nested(models, shares(3)) if way == "nested" else next_token
+        objective = of_levels([[model] for model in models], shares(3)) if way == "nested" else next_token
         take_steps(decoder, of_ids(pattern()), objective, steps=60)
         losses[way] = [perplexity(model, pattern()[64:], 16)["nll"] for model in (decoder, *models)]
     print(losses)
@@ -226,8 +233,7 @@ def extracted(folder: Path, output: Path, level: int) -> Path:
     found = fit({name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
     decoder = load_checkpoint(checkpoint, found)
     part = inside(decoder, found)[level - 1].child
-    config = {key: value for key, value in part.fit.config.items() if key != "nested"}
-    save(taken_out(decoder, part).stored, output, config=config, command="")
+    save(taken_out(decoder, part).stored, output, config=without_levels(part.fit.config), command="")
     return output
 
 
@@ -265,6 +271,10 @@ def test_config_json_names_the_levels(here: Path) -> None:  # noqa: F811
     assert json.loads(Path("more/config.json").read_text())["nested"]["levels"] == levels
     train("out", "--data", here / "text.txt", "--steps", "2", *SHAPE, "--nested", "none", "-o", "plain")
     assert "nested" not in json.loads(Path("plain/config.json").read_text())
+    train("out", "--data", here / "text.txt", "--steps", "2", *SHAPE, "--level-weights", "3,1,1", "-o", "weighed")
+    train("out", "--data", here / "text.txt", "--steps", "2", *SHAPE, "--nested-sample", "-o", "drawn")
+    assert len({content(Path(name))["model.safetensors"] for name in ("more", "weighed", "drawn")}) == 3
+    assert all(len({name for name in entry if "level" in name}) == 1 for entry in log("drawn") if "rate" in entry)
     train("out", "--data", here / "text.txt", "--steps", "2", *SHAPE, "--lora", "2", "-o", "adapter")
     told = tlt("train", "out", "--data", here / "text.txt", "--steps", "2", *SHAPE, "--nested", "1/4", "-o", "other")
     assert "are not trained on" in told.stderr and "loss level 1" in told.stderr
@@ -303,6 +313,16 @@ def test_mfu_counts_the_levels(here: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert blocks == half and plain < quarter < half < 2 * plain
 
 
+def test_a_level_learns_of_a_teacher_too(here: Path) -> None:  # noqa: F811
+    """The report has the divergence of the whole, as that of a model without levels has."""
+    arguments = (here / "other", "--data", here / "text.txt", "--steps", "2", *SHAPE, "--distill", here / "model")
+    nested, alone = train(*arguments, "--nested", "1/2", "-o", "out"), train(*arguments, "-o", "alone")
+    begun = [next(entry["evaluation"] for entry in log(name) if "evaluation" in entry) for name in ("out", "alone")]
+    assert begun[0]["kl"] == pytest.approx(begun[1]["kl"], rel=1e-6) and begun[0]["kl"] > 0
+    assert 0 < nested["evaluation"]["kl"] != alone["evaluation"]["kl"]
+    assert nested["teacher"] == alone["teacher"] and nested["teacher"]["source"] == "model"
+
+
 @pytest.mark.parametrize("more", [LEVELS, ("--nested", "1/2,1/4", "--nested-sample")], ids=["all", "drawn"])
 def test_a_nested_run_that_is_resumed_ends_in_the_same_bytes(
     here: Path, interrupted: Callable[..., None], more: tuple[str, ...]  # noqa: F811
@@ -327,8 +347,13 @@ USAGE: dict[str, tuple[str, ...]] = {
     "--level-weights 1,-1: expected": ("--nested", "1/2", "--level-weights", "1,-1"),
     "--level-weights 1,x: expected": ("--nested", "1/2", "--level-weights", "1,x"),
     "--nested-layers says nothing without --nested": ("--nested-layers", "1"),
-    "--nested-sample says nothing": ("--fractal", "2", "--nested-sample"),
+    "--nested-sample says nothing of models side by side": ("--fractal", "2", "--nested-sample"),
+    "--nested-sample says nothing where no models inside": ("--nested-sample",),
+    "--nested-sample says nothing where no models inside are": ("--nested", "none", "--nested-sample"),
     "--level-weights says nothing": ("--level-weights", "1,1"),
+    "--level-weights says nothing where": ("--lora", "2", "--level-weights", "1,1"),
+    "--nested-layers says nothing with --nested none": ("--nested", "none", "--nested-layers", "1"),
+    "--nested-heads says nothing with --nested none": ("--nested", "none", "--nested-heads", "1"),
     "--nested and --fractal": ("--nested", "1/2", "--fractal", "2"),
     "--nested trains the model's own weights": ("--nested", "1/2", "--lora", "2"),
     "--hierarchy orders one model's embedding": ("--nested", "1/2", "--hierarchy", "emergent"),

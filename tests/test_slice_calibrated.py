@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,23 @@ from growing import Source, opened
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from slicing import spoiled
 
-from tlt_cli.calibration import principal, slice_refit, slicing
-from tlt_cli.calibration.blocks import Blocks, tapped
+from tlt_cli.calibration import importance, principal, slice_refit, slicing
+from tlt_cli.calibration.blocks import Blocks, calibration_windows, tapped
 from tlt_cli.calibration.importance import RANKINGS
 from tlt_cli.calibration.moments import moments
 from tlt_cli.calibration.neurons import refit_kept, removal_order
 from tlt_cli.calibration.removal import largest, removed
 from tlt_cli.calibration.slicing import Calibrated, calibrated
+from tlt_cli.calibration.survey import look
 from tlt_cli.checkpoint.planned import PlannedTensor
+from tlt_cli.checkpoint.reader import open_checkpoint
 from tlt_cli.checkpoint.writer import write
 from tlt_cli.errors import TltError
 from tlt_cli.model.part import child
-from tlt_cli.surgery.slice import planned_cut
+from tlt_cli.surgery.slice import Chosen, planned_cut, sliced
+from tlt_cli.surgery.verify_slice import Proof, check_slice, verify_written
 
 everywhere = pytest.mark.parametrize("family", ZOO)
 POST_NORMS = ("gemma2", "gemma3")
@@ -44,16 +48,15 @@ def joint(family: str) -> dict[str, int]:
 
 
 def made(source: Source, sizes: dict[str, int] | None = None, **options: Any) -> Calibrated:
-    given: dict[str, Any] = {"order": "importance", "refit": False, "norm": None, "context": 24, **options}
-    text = given.pop("text", TEXT)
-    return calibrated(source.fitted, source.checkpoint, text, sizes or {}, **given)
+    given: dict[str, Any] = {"order": "importance", "refit": False, "norm": None, **options}
+    windows = calibration_windows(given.pop("text", TEXT), 24)
+    return calibrated(source.fitted, source.checkpoint, windows, sizes or {}, **given)
 
 
 def written(found: Calibrated, source: Source, out: Path) -> Path:
     """The checkpoint that comes of it, in the folder `out`."""
     tensors = found.plan_tensors
     if tensors is None:
-        assert found.part is not None
         cuts = child(source.fitted, found.part).cuts
         tensors = tuple(planned_cut(name, cut, source.dtypes[cut.source]) for name, cut in cuts.items())
     write(out, tensors, source.checkpoint, config=found.config, metadata={"format": "pt"}, jobs=1, force=True)
@@ -128,17 +131,104 @@ def test_owners_keep_as_many_each() -> None:
 def test_the_whole_model_in_another_order_is_the_model(tmp_path: Path, family: str, tied: bool) -> None:
     source = opened(make_checkpoint(tmp_path / "model", family, tied=tied))
     found = made(source)
-    assert found.part is not None and found.config == source.checkpoint.config
+    assert found.config == source.checkpoint.config
     assert not np.array_equal(found.part.hidden, np.arange(32)) and not np.array_equal(found.part.ffn[0], np.arange(48))
     assert off(found, source, tmp_path / "out") <= EXACT
-    wrong = replace(found.part, ffn=tuple(reversed(found.part.ffn)))  # still exact: any order of neurons is
-    assert off(replace(found, part=wrong), source, tmp_path / "out") <= EXACT
+    other = replace(found.part, ffn=tuple(reversed(found.part.ffn)))  # any order of neurons is the model
+    assert off(replace(found, part=other), source, tmp_path / "out") <= EXACT
+
+
+@pytest.mark.parametrize("order", ["importance", "pca"])
+def test_config_says_nothing_of_what_is_gone(tmp_path: Path, order: str) -> None:
+    """Prefixes of another stream, and how the parent was sliced, are no news of the part."""
+    source = opened(make_checkpoint(tmp_path / "model", "llama"))
+    config = {**source.fitted.config, "prefixes": [8, 16], "sliced": {"norm": "masked", "rules": "own"}}
+    source = replace(source, fitted=replace(source.fitted, config=config))
+    found = made(source, {"dim": 16}, order=order)
+    plan = sliced(
+        source.fitted, source.dtypes, Chosen(found.part), tensors=found.plan_tensors, config=found.config
+    )[1]  # fmt: skip
+    assert "prefixes" not in plan.config and plan.config["sliced"] == {"norm": "sliced", "rules": "parent"}
+    assert plan.config["tie_word_embeddings"] is False and plan.config["hidden_size"] == 16
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ({"ffn": 24}, {}), ({"ffn": 24}, {"refit": True}), ({"dim": 24}, {}), ({"dim": 24}, {"norm": "sliced"}),
+        ({"dim": 24}, {"order": "prefix"}), ({"layers": 2}, {"order": "pca", "refit": True}),
+    ],
+)  # fmt: skip
+def test_progress_ends_when_all_is_done(tmp_path: Path, sizes: dict[str, int], options: dict[str, Any]) -> None:
+    steps: list[tuple[int, int]] = []
+    source = opened(make_checkpoint(tmp_path / "model", "llama"))
+    made(source, sizes, progress=lambda done, total: steps.append((done, total)), **options)
+    assert steps == [(at + 1, len(steps)) for at in range(len(steps))] and steps
+
+
+def test_only_what_chooses_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = opened(make_checkpoint(tmp_path / "model", "llama"))
+    blocks = Blocks(source.checkpoint, source.fitted)
+    for seen in look(blocks, TEXT.reshape(-1, 24)[:2], stream=False):
+        assert set(seen.moments.reads) == {(seen.layer, "output"), (seen.layer, "down")}
+
+    def unwanted(*_: Any) -> torch.Tensor:
+        raise AssertionError("entries of heads are not chosen here")
+
+    monkeypatch.setattr(importance, "_written", unwanted)
+    made(source, {"ffn": 24})
+    with pytest.raises(AssertionError, match="not chosen here"):
+        made(source, {"head_dim": 4})
+
+
+@dataclass
+class Reading:
+    """Tensors of a checkpoint, and how many rows of them were read."""
+
+    source: Source
+    rows: int = 0
+
+    def read(self, name: str) -> torch.Tensor:
+        found = self.source.checkpoint.read(name)
+        self.rows += len(found) if found.dim() > 1 else 0
+        return found
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        self.rows += stop - start
+        return self.source.checkpoint.read_rows(name, start, stop)
+
+
+@pytest.mark.parametrize("order", ["importance", "pca"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_some_rows_of_a_cut_model_take_some_of_its_parent(tmp_path: Path, family: str, order: str) -> None:
+    """Rows [start, stop) of every tensor are those of the whole, and no row is read that is not needed."""
+    if order == "pca" and family in POST_NORMS:
+        pytest.skip("cannot be turned")
+    source = opened(make_checkpoint(tmp_path / "model", family, tied=True))
+    reading = Reading(source)
+    found = made(source, joint(family))
+    parent, stored = principal.untied(source.fitted) if order == "pca" else (source.fitted, {})
+    cut = child(parent, replace(found.part, hidden=np.arange(24)) if order == "pca" else found.part)
+    pieces: Any = cut.cuts
+    if order == "pca":
+        rotation = principal.directions(moment(32, 1), 24, layer_norm=family == "gpt2")
+        pieces = principal.turned_cuts(parent, cut.fit, cut.cuts, rotation, stored)
+    view = slicing.View(reading, pieces)
+    for name, piece in pieces.items():
+        whole, size = view.read(name), piece.shape[0]
+        for start, stop in ((0, size), (size // 3, size // 2), (size - 1, size)):
+            reading.rows = 0
+            some = view.read_rows(name, start, stop)
+            assert torch.allclose(some, whole[start:stop], rtol=1e-6, atol=1e-7) and len(some) == stop - start
+            if "embed" in name or "wte" in name or "lm_head" in name:
+                assert reading.rows == stop - start
+    assert not torch.allclose(view.read(name)[1:], view.read(name)[:-1])
 
 
 def test_neurons_out_of_step_are_not_the_model(tmp_path: Path) -> None:
     source = opened(make_checkpoint(tmp_path / "model", "llama"))
     found = made(source)
-    cuts = child(source.fitted, found.part).cuts  # type: ignore[arg-type]
+    cuts = child(source.fitted, found.part).cuts
     tensors = tuple(
         PlannedTensor(n, c.shape, "F32", c.source, None if "down_proj" in n or c.plain else c) for n, c in cuts.items()
     )
@@ -227,7 +317,7 @@ def test_rotary_pairs_that_matter_are_found(tmp_path: Path) -> None:
 
     source = changed(tmp_path / "model", change)
     found = made(source, {"head_dim": 8})
-    assert found.part is not None and found.part.entries.tolist() == [4, 5, 6, 7]
+    assert found.part.entries.tolist() == [4, 5, 6, 7]
     assert off(found, source, tmp_path / "out") < 0.02
     assert off(made(source, {"head_dim": 8}, order="prefix"), source, tmp_path / "out") > 0.3
 
@@ -323,6 +413,30 @@ def test_a_head_that_stands_for_the_embedding_is_turned(tmp_path: Path) -> None:
     assert off(made(source, order="pca"), source, tmp_path / "out") <= EXACT
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["F32", "BF16"])
+def test_a_file_is_held_against_its_plan(tmp_path: Path, dtype: torch.dtype) -> None:
+    """What was rounded is what the plan rounds to, and nothing else; how far that moved it is told too."""
+    source = opened(make_checkpoint(tmp_path / "model", "llama", dtype=dtype))
+    found = made(source, {"dim": 24}, order="pca")
+    small, plan = sliced(
+        source.fitted, source.dtypes, Chosen(found.part), tensors=found.plan_tensors, config=found.config
+    )  # fmt: skip
+    write(tmp_path / "out", plan.tensors, source.checkpoint, config=plan.config, metadata={"format": "pt"}, jobs=1)
+
+    def proof() -> Proof:
+        return verify_written(plan, source.checkpoint, open_checkpoint(tmp_path / "out"), small.fit)
+
+    right = proof()
+    check_slice(plan, right)
+    assert right.found.computed.relative <= 1e-6
+    coarse = right.found.written
+    assert coarse is None if dtype == torch.float32 else coarse is not None and 1e-4 < coarse.relative < 0.3
+    spoiled(tmp_path / "out", tensors=lambda tensors: tensors["model.layers.1.mlp.down_proj.weight"].mul_(0.98))
+    assert not proof().found.holds
+    with pytest.raises(TltError, match="verification failed"):
+        check_slice(plan, proof())
+
+
 @pytest.mark.parametrize("family", POST_NORMS)
 def test_norms_behind_blocks_cannot_be_turned(tmp_path: Path, family: str) -> None:
     source = opened(make_checkpoint(tmp_path / "model", family))
@@ -378,7 +492,7 @@ def feed_forward_cut(tmp_path: Path, family: str) -> tuple[Source, Calibrated, t
 @pytest.mark.usefixtures("undamped")
 def test_a_feed_forward_is_refit_in_closed_form(tmp_path: Path) -> None:
     source, found, down, inputs = feed_forward_cut(tmp_path, "llama")
-    assert found.plan_tensors is not None and found.part is not None
+    assert found.plan_tensors is not None
     planned = {tensor.name: tensor for tensor in found.plan_tensors}
     first = planned["model.layers.0.mlp.down_proj.weight"]
     assert first.compute is not None
@@ -401,7 +515,7 @@ def test_a_feed_forward_is_refit_in_closed_form(tmp_path: Path) -> None:
 def test_a_bias_is_refit_too(tmp_path: Path) -> None:
     """With the bias free the matrix is refit to what remains without the mean, and the bias makes up for the mean."""
     source, found, down, _ = feed_forward_cut(tmp_path, "gpt2")
-    assert found.plan_tensors is not None and found.part is not None
+    assert found.plan_tensors is not None
     planned = {tensor.name: tensor for tensor in found.plan_tensors}
     name = "transformer.h.0.mlp.c_proj"
     new, bias = (torch.cat(list(planned[f"{name}.{kind}"].compute(source.checkpoint))) for kind in ("weight", "bias"))  # type: ignore[misc]
@@ -440,7 +554,7 @@ def test_what_makes_logits_is_refit(tmp_path: Path, tied: bool, monkeypatch: pyt
     told = found.details["errors"]["model.embed_tokens" if tied else "lm_head"]
     assert told["refit"] < 0.99 * told["cut"]
     names = ["model.embed_tokens.weight", "model.norm.weight", *([] if tied else ["lm_head.weight"])]
-    cut = child(source.fitted, found.part).cuts  # type: ignore[arg-type]
+    cut = child(source.fitted, found.part).cuts
     moves = {name: not torch.equal(values(planned[name].compute, source), values(cut[name], source)) for name in names}
     wanted = {"model.embed_tokens.weight": False, "model.norm.weight": tied, "lm_head.weight": True}
     assert moves == {name: wanted[name] for name in moves}
@@ -450,11 +564,33 @@ def test_what_makes_logits_is_refit(tmp_path: Path, tied: bool, monkeypatch: pyt
     assert with_head < off(made(source, {"dim": 24}, refit=True), source, tmp_path / "out", ids)
 
 
+@pytest.mark.parametrize(
+    ("family", "sizes", "options", "message"),
+    [
+        ("gpt2", {"dim": 24, "heads": 3, "kv_heads": 3}, {"norm": "masked"}, "take off the mean"),
+        ("gpt2", {"dim": 24, "heads": 3, "kv_heads": 3}, {"norm": "masked", "order": "pca"}, "take off the mean"),
+        ("llama", {"ffn": 40}, {"refit": True, "text": TEXT[:24]}, "24 tokens of calibration"),
+    ],
+)
+def test_refusals_come_before_any_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, sizes: dict[str, int], options: Any, message: str
+) -> None:
+    def passed(*_: Any, **__: Any) -> None:
+        raise AssertionError("the text was run")
+
+    source = opened(make_checkpoint(tmp_path / "model", family))
+    monkeypatch.setattr(slicing, "look", passed)
+    with pytest.raises(TltError, match=message):
+        made(source, sizes, **options)
+    with pytest.raises(AssertionError, match="the text was run"):
+        made(source, sizes)
+
+
 def test_short_texts_are_refused(tmp_path: Path) -> None:
     source = opened(make_checkpoint(tmp_path / "model", "llama"))
     with pytest.raises(TltError, match="24 tokens of calibration cannot tell the 40 inputs"):
         made(source, {"ffn": 40}, refit=True, text=TEXT[:24])
-    assert made(source, {"ffn": 40}, text=TEXT[:24]).part is not None
+    made(source, {"ffn": 40}, text=TEXT[:24])
 
 
 def test_the_same_text_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 HEAVY = {"torch", "transformers", "numpy", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
-COMMANDS = ["", "demo", "eval", "factor", "fold", "generate", "grow", "inspect"]
+COMMANDS = ["", "demo", "eval", "factor", "fold", "generate", "grow", "inspect", "merge", "slice", "train"]
 
 
 def loaded_by(code: str) -> set[str]:

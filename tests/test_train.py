@@ -25,7 +25,7 @@ from tokenizers import models, pre_tokenizers
 from typer.testing import CliRunner
 
 from tlt_cli.checkpoint.reader import open_checkpoint
-from tlt_cli.cli import app, training
+from tlt_cli.cli import app, training, training_aim
 from tlt_cli.cli.console import run
 from tlt_cli.model.peft_read import open_peft
 from tlt_cli.model.perplexity import windows
@@ -589,7 +589,7 @@ def test_out_of_memory_is_one_line(here: Path, monkeypatch: pytest.MonkeyPatch) 
     def failing(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    monkeypatch.setattr(training, "next_token", failing)
+    monkeypatch.setattr(training_aim, "next_token", failing)
     result = tlt("train", here / "model", "--data", here / "text.txt", "--steps", "2", *SHAPE, "-o", "out")
     errors = [line for line in result.stderr.splitlines() if "error" in line]
     assert result.exit_code == 1 and len(errors) == 1 and "--micro-batch 2" in errors[0], result.stderr

@@ -25,6 +25,8 @@ CASES = {
     "fractal": ("--fractal", "3", "--split", "2", "--micro-batch", "1"),
     # several models side by side are split as one is
     "merged": ("--micro-batch", "2"),
+    # categories are found on each, and agreed on
+    "ordered": ("--hierarchy", "emergent", "--clusters", "4", "--held-out", "0.1"),
     "taught": ("--distill", "model", "--lora", "2", "--held-out", "0.1"),
 }
 
@@ -55,7 +57,7 @@ def apart(one: list[float], other: list[float]) -> float:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_take_the_steps_of_one_process(tmp_path: Path, case: str) -> None:
-    if case in ("all", "merged") and not SPLITS:
+    if case in ("all", "merged", "ordered") and not SPLITS:
         pytest.skip("this torch does not split weights over CPU processes")
     sizes = {"vocab_size": 256, "num_hidden_layers": 2}
     if case == "merged":

@@ -21,9 +21,10 @@ from tlt_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from tlt_cli.cli import app
 from tlt_cli.errors import TltError, UsageError
 from tlt_cli.families import Fit, fit
-from tlt_cli.model.decoder import Decoder, Step
+from tlt_cli.model.decoder import Decoder
 from tlt_cli.model.peft_write import write_peft
 from tlt_cli.model.perplexity import perplexity
+from tlt_cli.model.step import Step
 from tlt_cli.model.text import load_tokenizer, load_tokens
 from tlt_cli.model.tree import Tree
 from tlt_cli.model.tree_files import CONFIG, WEIGHTS, is_tree_folder, open_tree, write_tree

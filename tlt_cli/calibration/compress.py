@@ -27,7 +27,7 @@ from tlt_cli.calibration.refine import refine_block
 from tlt_cli.checkpoint.planned import Tensors
 from tlt_cli.families import Fit, Place
 from tlt_cli.surgery.allocate import allocation_of
-from tlt_cli.surgery.matrices import Matrix, read_matrix
+from tlt_cli.surgery.matrices import Matrix, by_layer, read_matrix
 from tlt_cli.surgery.metrics import Seen
 
 Progress = Callable[[int, int], None]
@@ -77,27 +77,24 @@ def start_globally(
 ) -> Compressed:  # fmt: skip
     """Cut to `budget` parameters by one allocation over every group of every block, ranks being multiples of `align`.
     ids [N, T] is the calibration."""
-    by_layer: dict[int, dict[str, Matrix]] = {}
-    for matrix in found:
-        layer, role = slot_of(matrix)
-        by_layer.setdefault(layer, {})[role] = matrix
+    layers = by_layer(found)
     method = "kfac" if gradients else "whiten"
     known = shelved(ids.numel())
     made = Compressed(seen=lambda matrix: known.seen(*slot_of(matrix), method))
     groups: list[tuple[int, Menu]] = []
     for layer, moments in block_moments(Blocks(values, fitted), ids, gradients=gradients, progress=progress):
-        if layer in by_layer:
-            weights = {role: read_matrix(values, matrix) for role, matrix in by_layer[layer].items()}
+        if layer in layers:
+            weights = {role: read_matrix(values, matrix) for role, matrix in layers[layer].items()}
             start = time.perf_counter()
             for menu in menus(weights, moments, layer, align=align):
                 groups.append((layer, menu))
-                made.took((by_layer[layer][role] for role in menu.roles), time.perf_counter() - start)
+                made.took((layers[layer][role] for role in menu.roles), time.perf_counter() - start)
                 start = time.perf_counter()
             known.take(moments)
     groups.sort(key=lambda group: group[0])
     chosen = allocation_of([menu.costs for _, menu in groups], [menu.losses for _, menu in groups], budget)
     made.loss, made.exact = chosen.loss, chosen.exact
-    for layer, here in sorted(by_layer.items()):
+    for layer, here in sorted(layers.items()):
         weights = {role: read_matrix(values, matrix) for role, matrix in here.items()}
         pieces: dict[str, Piece] = {}
         for (at, menu), index in zip(groups, chosen.chosen, strict=True):
@@ -117,11 +114,7 @@ def start_from(
     """The pieces of factors that were chosen elsewhere, one pair per matrix or None where it stays dense. What they
     were weighed by, where `seen` tells it, is the metric of later refits too."""
     made = Compressed() if seen is None else Compressed(seen=seen)
-    by_layer: dict[int, dict[str, Matrix]] = {}
-    for matrix in found:
-        layer, role = slot_of(matrix)
-        by_layer.setdefault(layer, {})[role] = matrix
-    for layer, here in by_layer.items():
+    for layer, here in by_layer(found).items():
         pieces: dict[str, Piece] = {}
         for role, matrix in here.items():
             pair = factors(matrix)

@@ -20,6 +20,8 @@ from tlt_cli.calibration.moments import outer
 from tlt_cli.calibration.slice_refit import SAME, Refitted, best_ridge, held_out, solve
 from tlt_cli.checkpoint.planned import Tensors
 from tlt_cli.families import Fit
+from tlt_cli.families.place import named
+from tlt_cli.surgery.matrices import head_name
 
 _ROWS = 4096  # of the vocabulary at a time
 
@@ -42,14 +44,14 @@ def refit_head(
     seen = _moments(source, made, original, stream, batch)
     for blocks in (source, made):
         blocks.release()
-    pairs = _Rows(_head(parent), _head(child), values, cut, parent.sizes["vocab"])
+    pairs = _Rows(head_name(parent), head_name(child), values, cut, parent.sizes["vocab"])
     wanted, before = 0.0, 0.0
     whole, crossed = seen.gram[0] + seen.gram[1], seen.cross[0] + seen.cross[1]
     for _, w, v in pairs:
         wanted += float(((w @ seen.own) * w).sum())
         before += float(((v @ whole) * v).sum() - 2 * ((w @ crossed) * v).sum())
     before = max((before + wanted) / wanted, 0.0) if wanted else 0.0
-    slot = _head(child).removesuffix(".weight")
+    slot = head_name(child).removesuffix(".weight")
     found.errors[slot] = before, before
     if before <= SAME:
         return
@@ -82,7 +84,8 @@ def _gain(seen: _Seen, pairs: _Rows, child: Fit, cut: Tensors, found: Refitted, 
         return
     whole, r = grams[0] + grams[1], missing[0] + missing[1]
     change = solve(whole, r, share)
-    (name,) = [p.name for p in child.places.values() if p.roles == ("final_norm",) and p.kind == "weight"]
+    name = named(child.places, "final_norm")
+    assert name is not None
     offset = float(child.family.rules.get("gain_offset", 0.0))
     found.tensors[name] = (cut.read(name).double() + offset) * (1 + change[0]) - offset
     before = found.errors[slot][0]
@@ -105,13 +108,6 @@ class _Rows:
             stop = min(self.count, start + _ROWS)
             both = self.values.read_rows(self.name, start, stop), self.cut.read_rows(self.child, start, stop)
             yield start, both[0].double(), both[1].double()
-
-
-def _head(fit: Fit) -> str:
-    """The stored tensor that makes logits."""
-    wanted = "embedding" if fit.tied else "head"
-    (name,) = [place.name for place in fit.places.values() if place.roles == (wanted,) and place.kind == "weight"]
-    return name
 
 
 def _moments(source: Blocks, made: Blocks, original: Tensor, stream: Tensor, batch: int) -> _Seen:

@@ -19,18 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tlt_cli.axes import shape
 from tlt_cli.calibration.moments import outer
 from tlt_cli.calibration.removal import largest, removed
 from tlt_cli.calibration.survey import Look
 from tlt_cli.checkpoint.planned import Tensors
 from tlt_cli.families import Fit
+from tlt_cli.families.place import named
 from tlt_cli.model.cut import Index
-from tlt_cli.surgery.matrices import Matrix, matrices, read_matrix
+from tlt_cli.surgery.grow import READS_NORM
+from tlt_cli.surgery.matrices import Matrix, head_name, linears, read_matrix
 
 ENERGY, ACTIVATION, REFIT = "energy", "activation", "refit"
 RANKINGS = (ENERGY, ACTIVATION, REFIT)
-READERS = {"attention_norm": ("query", "key", "value"), "ffn_norm": ("gate", "up"), "final_norm": ("head",)}
 _DAMPING = 1e-6
 _MOST_NEURONS = 4096  # the greedy order takes f^3 steps: beyond this they stay by their energy
 _ROWS = 4096  # of a vocabulary at a time
@@ -63,12 +63,9 @@ def importance(
     """Choose by one of RANKINGS among what is seen of every block. `sizes` are all of nested.SIZES, `axes` those of
     them that are to be put in order; the others stay as they are."""
     found = Importance([], [], [], [], [], torch.zeros((), dtype=torch.float64))
-    by_layer: dict[int, dict[str, Matrix]] = {}
-    for matrix in matrices({name: shape(place.arrow, fit.sizes) for name, place in fit.places.items()}, fit):
-        assert matrix.layer is not None
-        by_layer.setdefault(matrix.layer, {})[str(matrix.role)] = matrix
+    layers = linears(fit)
     for seen in looks:
-        here = {} if seen.layer is None else by_layer[seen.layer]
+        here = {} if seen.layer is None else layers[seen.layer]
         if seen.layer is not None:
             shares: Shares = {}
             found.ffn.append(_neurons(seen, fit, values, here, sizes, axes, by, shares))
@@ -77,7 +74,8 @@ def importance(
             found.heads.append(queries)
             found.shares.append(shares)
             found.influence.append(seen.influence)
-            found.entries = found.entries + _relative(seen.turned) + _relative(_written(seen, fit, values, here))
+            if "head_dim" in axes:
+                found.entries = found.entries + _relative(seen.turned) + _relative(_written(seen, fit, values, here))
         for role in seen.unit:
             _add(found, seen, role, fit, values, here)
     return found
@@ -159,13 +157,13 @@ def _written(seen: Look, fit: Fit, values: Tensors, here: Mapping[str, Matrix]) 
 
 def _add(found: Importance, seen: Look, role: str, fit: Fit, values: Tensors, here: Mapping[str, Matrix]) -> None:
     """Count what a norm of the stream saw, and what reads it."""
-    places = [place for place in fit.places.values() if place.roles == (role,) and place.layer == seen.layer]
-    (name,) = [place.name for place in places if place.kind == "weight"]
+    name = named(fit.places, role, layer=seen.layer)
+    assert name is not None
     gain = values.read(name).double() + float(fit.family.rules.get("gain_offset", 0.0))
     unit = seen.unit[role]
     readers = torch.zeros_like(unit)
-    grams = [_gram(values, here[reader]) for reader in READERS[role] if reader in here] or [_head_gram(fit, values)]
-    for gram in grams:
+    readers_of = [matrix for reader, matrix in here.items() if READS_NORM.get(reader) == role]
+    for gram in [_gram(values, matrix) for matrix in readers_of] or [_head_gram(fit, values)]:
         felt = gain[:, None] * gram * gain
         readers += felt / (felt * unit).sum().clamp_min(1e-300)
     absolute = seen.absolute[role] * gain.abs()
@@ -177,9 +175,7 @@ def _add(found: Importance, seen: Look, role: str, fit: Fit, values: Tensors, he
 
 def _head_gram(fit: Fit, values: Tensors) -> Tensor:
     """WT W [H, H] of what makes logits, some rows of it at a time."""
-    wanted = "embedding" if fit.tied else "head"
-    (name,) = [place.name for place in fit.places.values() if place.roles == (wanted,) and place.kind == "weight"]
-    vocab, width = fit.sizes["vocab"], fit.sizes["hidden"]
+    name, vocab, width = head_name(fit), fit.sizes["vocab"], fit.sizes["hidden"]
     total = torch.zeros(width, width, dtype=torch.float64)
     for start in range(0, vocab, _ROWS):
         total += outer(values.read_rows(name, start, min(vocab, start + _ROWS)).float())

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlt_cli.calibration.importance import READERS
 from tlt_cli.checkpoint.planned import Tensors
 from tlt_cli.errors import TltError
 from tlt_cli.families import Fit, Place
 from tlt_cli.model.cut import Cut
+from tlt_cli.surgery.grow import READS_NORM
+from tlt_cli.surgery.matrices import head_name
 
 _BLOCK = 1 << 20  # elements that are computed at a time
-_NORM_OF = {reader: norm for norm, readers in READERS.items() for reader in readers}
 
 
 def directions(normed: Tensor, keep: int, *, layer_norm: bool) -> Tensor:
@@ -64,7 +64,7 @@ def untied(fit: Fit) -> tuple[Fit, dict[str, str]]:
         )
     if not fit.tied:
         return fit, {}
-    (embedding,) = [place for place in fit.places.values() if place.roles == ("embedding",) and place.kind == "weight"]
+    embedding = fit.places[head_name(fit)]
     names = {role: f"{family.roles[role].name}.weight" for role in ("head", "embedding")}
     row = names["head"]
     head = replace(embedding, name=row, pattern=row, arrow=family.rows[row], roles=("head",))
@@ -79,20 +79,21 @@ def untied(fit: Fit) -> tuple[Fit, dict[str, str]]:
 
 @dataclass(frozen=True, eq=False)
 class Turned:
-    """One tensor of a turned model: a cut along everything but the stream, then R along the stream.
+    """One tensor of a turned model: a cut along everything but the stream, then R along the stream, its dim `at`.
 
-    `gain` and `shift` name the norm in front of what reads; `norm` is the gain of a norm itself, or 1 for its bias.
+    `gain` and `shift` name the norm in front of what reads, of whose shift every new entry takes `share`; `norm` is the
+    gain of a norm itself, or 1 for its bias.
     """
 
     cut: Cut
     rotation: Tensor
-    at: int | None
+    at: int
     gain: str | None = None
     shift: str | None = None
     gain_offset: float = 0.0
     norm: float | None = None
     scale: float = 1.0
-    plain: bool = False
+    share: float = 0.0
 
     @property
     def source(self) -> str:
@@ -104,13 +105,15 @@ class Turned:
         """Of the result."""
         return self.cut.shape
 
+    def between(self, start: int, stop: int) -> Turned:
+        """The rows from `start` to `stop` of the result alone."""
+        rotation = self.rotation[start:stop] if self.at == 0 else self.rotation
+        return replace(self, cut=self.cut.between(start, stop), rotation=rotation)
+
     def __call__(self, tensors: Tensors) -> Iterator[Tensor]:
         """Consecutive blocks of rows, in float32."""
         if self.norm is not None:
             yield torch.full(self.shape, self.norm, dtype=torch.float64)
-            return
-        if self.at is None:
-            yield from self.cut(tensors)
             return
         cut = self._along_others()
         gain = None if self.gain is None else tensors.read(self.gain).double() + self.gain_offset
@@ -120,17 +123,8 @@ class Turned:
             yield self._turn(whole.movedim(0, -1), gain, shift).movedim(-1, 0).float().contiguous()
             return
         step = max(1, _BLOCK // self.rotation.shape[1])
-        rows = cut.kept[0]
         for start in range(0, self.shape[0], step):
-            stop = min(self.shape[0], start + step)
-            factors = {dim: by[start:stop] if dim == 0 else by for dim, by in cut.factors.items()}
-            if rows is None:
-                block, kept = tensors.read_rows(self.source, start, stop), None
-            else:
-                some = rows[start:stop]
-                low = int(some.min())
-                block, kept = tensors.read_rows(self.source, low, int(some.max()) + 1), some - low
-            piece = replace(cut, kept=(kept, *cut.kept[1:]), factors=factors).of(block.double())
+            piece = cut.between(start, min(self.shape[0], start + step)).read(tensors, torch.float64)
             yield self._turn(piece, gain, shift).float().contiguous()
 
     def _along_others(self) -> Cut:
@@ -142,13 +136,16 @@ class Turned:
         """value [..., d] -> [..., m]."""
         found = (value if gain is None else value * gain) @ self.rotation.T * self.scale
         if shift is not None:  # the norm's new bias is all ones
-            found = found + (value @ shift)[..., None] / self.rotation.shape[0]
+            found = found + (value @ shift)[..., None] * self.share
         return found
+
+
+Piece = Cut | Turned
 
 
 def turned_cuts(
     parent: Fit, child: Fit, cuts: Mapping[str, Cut], rotation: Tensor, stored: Mapping[str, str]
-) -> dict[str, Turned]:
+) -> dict[str, Piece]:
     """The tensors of the child by name: `cuts` are those of a part that keeps as many entries of the stream, of which
     only the factors count here. `parent` and `stored` are what `untied` gives."""
     by_role: dict[tuple[str, str, int | None], str] = {}
@@ -156,7 +153,7 @@ def turned_cuts(
         for role in place.roles:
             by_role[role, place.kind, place.layer] = place.name
     offset = float(parent.family.rules.get("gain_offset", 0.0))
-    found = {}
+    found: dict[str, Piece] = {}
     for name, place in child.places.items():
         old = parent.places[cuts[name].source]
         cut = replace(cuts[name], source=stored.get(old.name, old.name))
@@ -167,21 +164,21 @@ def turned_cuts(
 def _turned(
     place: Place, old: Place, cut: Cut, rotation: Tensor, by_role: Mapping[tuple[str, str, int | None], str],
     offset: float,
-) -> Turned:  # fmt: skip
+) -> Piece:  # fmt: skip
     dims = place.arrow.dims
-    at = dims.index(("hidden",)) if ("hidden",) in dims else None
-    if at is None:
-        return Turned(cut, rotation, None, plain=cut.plain)
+    if ("hidden",) not in dims:
+        return cut
+    at = dims.index(("hidden",))
     factor = cut.factors.get(at)
     scale = 1.0 if factor is None else float(factor[0])
     if place.roles[0].endswith("_norm"):
         value = 1.0 if place.kind == "bias" else scale - offset
         return Turned(cut, rotation, at, norm=value)
-    norm = _NORM_OF.get(place.roles[0])
+    norm = READS_NORM.get(place.roles[0])
     if norm is None:
         return Turned(cut, rotation, at, scale=scale)
     layer = old.layer
     return Turned(
         cut, rotation, at, gain=by_role[norm, "weight", layer], shift=by_role.get((norm, "bias", layer)),
-        gain_offset=offset, scale=scale,
+        gain_offset=offset, scale=scale, share=1 / len(rotation),
     )  # fmt: skip

@@ -20,14 +20,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tlt_cli.axes import shape
 from tlt_cli.calibration.blocks import Blocks, check_finite, tapped
 from tlt_cli.calibration.drift import STAGES
 from tlt_cli.calibration.shelf import Shelf
 from tlt_cli.errors import TltError
 from tlt_cli.families import Fit
 from tlt_cli.model.cut import Cut
-from tlt_cli.surgery.matrices import Matrix, matrices, part_of, put
+from tlt_cli.surgery.matrices import Matrix, linears, part_of, put
 
 _RIDGES = (1e-9, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean diagonal of E[z zT]
 _STRETCH, _FOLDS = 64, 5  # every fifth stretch of tokens is held out while lambda is chosen
@@ -120,13 +119,9 @@ def refit(
     and both streams behind all blocks.
 
     `layers` are the original's that stay, `cuts` choose the kept outputs of matrices, `kept` what the stream keeps of
-    the original's. Raises TltError for a text of fewer tokens than a matrix has inputs.
+    the original's. The text must be long enough (`check_enough`).
     """
-    by_layer: dict[int, dict[str, Matrix]] = {}
-    for matrix in matrices({name: shape(place.arrow, child.sizes) for name, place in child.places.items()}, child):
-        by_layer.setdefault(int(matrix.layer or 0), {})[str(matrix.role)] = matrix
-    check_enough(ids, by_layer)
-    found = Refitted()
+    matrices, found = linears(child), Refitted()
     original, stream = source.embed(ids), made.embed(ids)
     ends = [*layers[1:], source.layers]
     for at in range(layers[0]):
@@ -139,9 +134,9 @@ def refit(
             check_finite(target, each)
             if each > layer:
                 source.release()
-        block = _Block(source, made, child, cuts, by_layer[at], layer, at, kept, batch, found)
+        block = _Block(source, made, child, cuts, matrices[at], layer, at, kept, batch, found)
         for roles, writes in STAGES:
-            block.fit([role for role in roles if role in by_layer[at]], writes, original, stream, target)
+            block.fit([role for role in roles if role in matrices[at]], writes, original, stream, target)
             advance()
         stream = _passed(made, at, stream, batch)
         original = target
@@ -149,9 +144,11 @@ def refit(
     return found, original, stream
 
 
-def check_enough(ids: Tensor, by_layer: Mapping[int, Mapping[str, Matrix]]) -> None:
-    """TltError where there are fewer tokens than unknowns per output of some matrix."""
-    widest = max((matrix for here in by_layer.values() for matrix in here.values()), key=lambda each: each.columns)
+def check_enough(ids: Tensor, child: Fit) -> None:
+    """TltError where there are fewer tokens than some matrix of the cut model has inputs: unknowns per output."""
+    widest = max(
+        (matrix for here in linears(child).values() for matrix in here.values()), key=lambda each: each.columns
+    )
     if ids.numel() <= widest.columns:
         raise TltError(
             f"--refit: {ids.numel()} tokens of calibration cannot tell the {widest.columns} inputs of {widest.name} "

@@ -19,34 +19,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tlt_cli.calibration.blocks import Blocks, calibration_windows
+from tlt_cli.calibration.blocks import Blocks
+from tlt_cli.calibration.drift import STAGES
 from tlt_cli.calibration.head_refit import refit_head
 from tlt_cli.calibration.importance import ENERGY, REFIT, Importance, channels, importance, layers_by
 from tlt_cli.calibration.moments import Progress, streams
-from tlt_cli.calibration.principal import Turned, directions, turned_cuts, untied
-from tlt_cli.calibration.slice_refit import Refitted
+from tlt_cli.calibration.principal import Piece, directions, turned_cuts, untied
+from tlt_cli.calibration.slice_refit import Refitted, check_enough
 from tlt_cli.calibration.slice_refit import refit as refit_blocks
 from tlt_cli.calibration.survey import look, normed
 from tlt_cli.checkpoint.lazy import Checkpoint
 from tlt_cli.checkpoint.planned import PlannedTensor, Tensors
 from tlt_cli.errors import TltError, UsageError
 from tlt_cli.families import Fit
+from tlt_cli.families.place import named
 from tlt_cli.model.cut import Cut, Index
-from tlt_cli.model.nested import FRACTAL, NESTED, prefix, sizes_of
+from tlt_cli.model.decoder import HEAD_NORMS
+from tlt_cli.model.nested import prefix, sizes_of, without_levels
 from tlt_cli.model.part import Part, child
-from tlt_cli.surgery.slice import planned_cut
+from tlt_cli.surgery.slice import ORDERS, planned_cut
 
-PREFIX, IMPORTANCE, PCA = "prefix", "importance", "pca"
-ORDERS = (PREFIX, IMPORTANCE, PCA)
-MOST_TOKENS = 1 << 18
-Piece = Cut | Turned
+PREFIX, IMPORTANCE, PCA = ORDERS
 
 
 @dataclass(frozen=True, eq=False)
 class Calibrated:
     """What to write: `part` alone where its cuts are all there is to it, else every tensor as `plan_tensors`."""
 
-    part: Part | None
+    part: Part
     plan_tensors: tuple[PlannedTensor, ...] | None
     config: dict[str, Any]
     details: dict[str, Any]
@@ -54,10 +54,10 @@ class Calibrated:
 
 
 def calibrated(
-    fit: Fit, values: Checkpoint, ids: Tensor, sizes: Mapping[str, int], *, order: str, refit: bool, norm: str | None,
-    context: int, by: str | None = None, most_tokens: int = MOST_TOKENS, progress: Progress | None = None,
+    fit: Fit, values: Checkpoint, windows: Tensor, sizes: Mapping[str, int], *, order: str, refit: bool,
+    norm: str | None, by: str | None = None, progress: Progress | None = None,
 ) -> Calibrated:  # fmt: skip
-    """Choose on the text ids [N] what stays at `sizes` (nested.SIZES; what is not named stays whole), and refit.
+    """Choose on windows [N, T] of a text what stays at `sizes` (nested.SIZES; what is not named is whole), and refit.
 
     `order` is one of ORDERS, `norm` "sliced", "masked" or None for calibrated gains. `by` overrides the ranking: one of
     importance.RANKINGS. Raises TltError for sizes the model does not have and for texts that cannot tell.
@@ -65,14 +65,18 @@ def calibrated(
     assert order in ORDERS and norm in (None, "sliced", "masked")
     first = prefix(fit, sizes, norm=norm or "sliced")
     wanted = {**sizes_of(fit), **sizes}
-    windows = calibration_windows(ids, context, max(1, most_tokens // context))
     parent, stored = untied(fit) if order == PCA else (fit, {})
+    small = child(parent, first).fit  # of the same sizes: what cannot be is refused before the text is run
+    if refit:
+        check_enough(windows, small)
     source = Blocks(values, fit)
     longest = source.decoder.longest
     if longest is not None and windows.shape[1] > longest:
         raise UsageError(f"--context {windows.shape[1]} is more than the model's {longest} positions")
     by = by or (REFIT if refit else ENERGY)
-    ahead = _Ahead(progress, fit.sizes["layer"] * ((order != PREFIX) + 1) + (4 * wanted["layers"] if refit else 0))
+    gaining = norm is None and _narrower(parent, first)
+    passes = (order != PREFIX) + gaining
+    ahead = _Ahead(progress, fit.sizes["layer"] * passes + (len(STAGES) * wanted["layers"] if refit else 0))
     part, details, rotation = first, dict[str, Any](), None
     if order != PREFIX:
         axes = _ordered(sizes_of(fit), wanted)
@@ -85,7 +89,7 @@ def calibrated(
             kept_share = float(((rotation @ seen.unit) * rotation).sum() / seen.unit.trace())
             details["shares"]["stream"] = {"energy": kept_share}
     kept = _kept_stream(part, rotation)
-    if norm is None and _narrower(parent, part):
+    if gaining:
         gains = _gains(source, windows, part, kept, ahead.each)
         part = replace(part, gains=gains)
         details["gains"] = {role if at is None else f"{at}.{role}": gain for (role, at), gain in gains.items()}
@@ -94,7 +98,7 @@ def calibrated(
     if rotation is not None:
         pieces = turned_cuts(parent, made.fit, made.cuts, rotation, stored)
     notes = _notes(fit, made.fit, part, refit)
-    config = {key: value for key, value in made.fit.config.items() if key not in (NESTED, FRACTAL)}
+    config = without_levels(made.fit.config)
     if not refit:
         planned = None if rotation is None else _planned(pieces, values, None, made.fit)
         return Calibrated(part, planned, config, details, notes)
@@ -120,12 +124,8 @@ class View:
         return torch.cat(list(self.pieces[name](self.values)))
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start to stop."""
-        found, at = [], 0
-        for block in self.pieces[name](self.values):
-            found.append(block[max(start - at, 0) : max(stop - at, 0)])
-            at += len(block)
-        return torch.cat(found)
+        """Rows start to stop, of which there is one at least."""
+        return torch.cat(list(self.pieces[name].between(start, stop)(self.values)))
 
 
 def _ordered(own: Mapping[str, int], wanted: Mapping[str, int]) -> set[str]:
@@ -198,7 +198,7 @@ def _gains(
     sums: dict[tuple[str, int | None], tuple[float, int]] = {}
 
     def see(role: str, layer: int, x: Tensor) -> None:
-        if role in ("query_norm", "key_norm"):
+        if role in HEAD_NORMS:
             size = x.shape[-1] // halves
             inside = torch.from_numpy(np.concatenate([part.entries + size * half for half in range(halves)]))
             y = x[..., inside]
@@ -226,17 +226,17 @@ def _planned(
     pieces: Mapping[str, Piece], values: Checkpoint, found: Refitted | None, made: Fit
 ) -> tuple[PlannedTensor, ...]:
     """Every tensor of the cut model, in the dtype of the one it comes from."""
-    head = [name for name, place in made.places.items() if place.roles == ("head",) and place.kind == "weight"]
+    head = named(made.places, "head")
     planned = []
     for name, piece in pieces.items():
-        compute: Callable[[Tensors], Iterable[Tensor]] | None = None if piece.plain else piece
+        compute: Callable[[Tensors], Iterable[Tensor]] = piece
         if found is not None and name in found.tensors:
             compute = _stored(found, name)
-        elif found is not None and name in head and len(found.head):
+        elif found is not None and name == head and len(found.head):
             compute = lambda _: (found.head[start] for start in sorted(found.head))  # noqa: E731
         dtype = values.tensors[piece.source].dtype
-        if (isinstance(piece, Cut) and compute is piece) or compute is None:
-            planned.append(planned_cut(name, piece if isinstance(piece, Cut) else piece.cut, dtype))
+        if isinstance(piece, Cut) and compute is piece:
+            planned.append(planned_cut(name, piece, dtype))
             continue
         work = 8 * (math.prod(piece.shape) + math.prod(values.tensors[piece.source].shape))
         planned.append(PlannedTensor(name, piece.shape, dtype, piece.source, compute, work))
@@ -272,7 +272,7 @@ class _Ahead:
     def one(self) -> None:
         self._done += 1
         if self._progress is not None:
-            self._progress(min(self._done, self._total), self._total)
+            self._progress(self._done, self._total)
 
     def each(self, done: int, total: int) -> None:
         self.one()

@@ -7,23 +7,23 @@ maps were not fitted to.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tlt_cli.calibration.moments import outer
+from tlt_cli.calibration.moments import SAME_INPUT, outer
 from tlt_cli.errors import TltError
 from tlt_cli.families.glue import BLOCKS, LEFT, LOWRANK, RIGHT, WHOLE
 from tlt_cli.model.grouped import Grouped
-from tlt_cli.model.perplexity import summed_loss
+from tlt_cli.model.perplexity import perplexity
 from tlt_cli.surgery.glue import Starts
 
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # the values of s that are tried
 _DAMPING = 1e-4  # of the mean square, for directions that the text hardly shows
-_WIDEST = 16384  # entries of all parts together whose second moments are held
+_MOST_BYTES = 1 << 33  # of second moments, all of which are held
 _BATCH = 8
 Progress = Callable[[int, int], None]
 
@@ -52,63 +52,72 @@ def stitch(decoder: Grouped, ids: Tensor, *, progress: Progress | None = None) -
         raise TltError(f"the calibration text makes {len(ids)} windows; --glue-init fit needs 4, so take a longer one")
     held = len(ids) // 4
     glue, stored = decoder.description["groups"]["glue"], decoder.stored
-    found = {}
-    for module, moment in _moments(decoder, ids[:-held], progress).items():
-        found[module] = _tensors(_difference(moment, decoder.count), moment, glue, decoder.count)
-    losses = {0.0: _loss(decoder, ids[-held:])}
+    found = [
+        (modules, _tensors(_difference(moment, decoder.count), moment, glue, decoder.count))
+        for modules, moment in _moments(decoder, ids[:-held], progress)
+    ]
 
-    def put(share: float) -> None:
-        for module, tensors in found.items():
-            for kind, value in tensors.items():
-                stored[f"{module}.{kind}.weight"].copy_(value if kind == RIGHT else share * value)
+    def put(share: float) -> Starts:
+        starts = {}
+        for modules, tensors in found:
+            scaled = {kind: value if kind == RIGHT else share * value for kind, value in tensors.items()}
+            for module in modules:
+                starts[module] = scaled
+                for kind, value in scaled.items():
+                    stored[f"{module}.{kind}.weight"].copy_(value)
+        return starts
 
-    for share in SHARES:
+    losses = {}
+    for share in (0.0, *SHARES):
         put(share)
-        losses[share] = _loss(decoder, ids[-held:])
+        losses[share] = float(perplexity(decoder, ids[-held:].flatten(), ids.shape[1], _BATCH)["nll"])
     best = min(losses, key=lambda share: losses[share])
-    put(best)
-    if best == 0.0:
-        return Stitched(None, best, losses)
-    starts = {
-        module: {kind: value if kind == RIGHT else best * value for kind, value in tensors.items()}
-        for module, tensors in found.items()
-    }
-    return Stitched(starts, best, losses)
+    starts = put(best)
+    return Stitched(None if best == 0.0 else starts, best, losses)
 
 
-def _moments(decoder: Grouped, ids: Tensor, progress: Progress | None) -> dict[str, Tensor]:
-    """E[x xT] [K in, K in] of what every site reads, by its module."""
+def _moments(decoder: Grouped, ids: Tensor, progress: Progress | None) -> Iterator[tuple[list[str], Tensor]]:
+    """(modules, E[x xT] [K in, K in] of what they read), once for sites that read the same; their glue is the identity.
+
+    Raises TltError where all together would be too large to hold.
+    """
     spots, sites = decoder.description["roles"], decoder.description["groups"]["glue"]["sites"]
-    head, sums, seen = next((site for site in sites if "{layer}" not in site), None), dict[str, Tensor](), set[str]()
-
-    def add(module: str, x: Tensor) -> None:
-        if x.shape[-1] > _WIDEST:
-            raise TltError(
-                f"{module} reads {x.shape[-1]} entries of all parts, and --glue-init fit holds their second moments up "
-                f"to {_WIDEST}; start from the identity"
-            )
-        if module not in seen:  # fused linears read the same
-            seen.add(module)
-            sums[module] = sums.get(module, torch.zeros(())) + outer(x.flatten(0, -2))
+    head = next((site for site in sites if "{layer}" not in site), None)
+    readers = {(0, "head"): [head]} if head is not None else {}
+    for layer in range(decoder.description["layers"]):
+        for role, first in SAME_INPUT.items():
+            if role in spots and spots[role]["name"] in sites:
+                module = spots[role]["name"].format(layer=layer)
+                together = readers.setdefault((layer, first), [])
+                together += [module] if module not in together else []  # fused linears are one
+    widths = {spot: decoder.sizes(spot[0])[spot[1]][1] for spot in readers}
+    needed = sum(8 * width**2 for width in widths.values())
+    if needed > _MOST_BYTES:
+        raise TltError(
+            f"--glue-init fit holds second moments of what all parts read, {needed / 2**30:.3g} GiB of them, and "
+            f"{_MOST_BYTES / 2**30:g} are allowed; start from the identity"
+        )
+    sums = {
+        spot: torch.zeros(width, width, dtype=torch.float64, device=decoder.device) for spot, width in widths.items()
+    }
 
     def observe(role: str, layer: int, x: Tensor) -> None:
-        if spots[role]["name"] in sites:
-            add(spots[role]["name"].format(layer=layer), x)
-
-    def read(x: Tensor) -> None:
-        if head is not None:
-            add(head, decoder.normalize(x, "final_norm"))
+        if (layer, role) in sums:
+            sums[layer, role] += outer(x.flatten(0, -2))
 
     decoder.observe = observe
     try:
-        for first in range(0, len(ids), _BATCH):
-            seen.clear()
-            decoder(ids[first : first + _BATCH].to(decoder.device), read=read)
+        for start in range(0, len(ids), _BATCH):
+            decoder(
+                ids[start : start + _BATCH].to(decoder.device),
+                read=lambda x: observe("head", 0, decoder.normalize(x, "final_norm")),
+            )
             if progress is not None:
-                progress(min(first + _BATCH, len(ids)), len(ids))
+                progress(min(start + _BATCH, len(ids)), len(ids))
     finally:
         decoder.observe = None
-    return {module: total / ids.numel() for module, total in sums.items()}
+    for spot, modules in readers.items():
+        yield modules, sums.pop(spot) / ids.numel()
 
 
 def _difference(moment: Tensor, count: int) -> Tensor:
@@ -136,8 +145,3 @@ def _tensors(difference: Tensor, moment: Tensor, glue: dict[str, Any], count: in
         blocks = difference.reshape(count, len(difference) // count, count, -1)
         return {WHOLE: torch.einsum("jnkn->jk", blocks) / blocks.shape[1]}
     return {WHOLE: difference}
-
-
-def _loss(decoder: Grouped, ids: Tensor) -> float:
-    total = sum(summed_loss(decoder, some) for some in torch.split(ids, _BATCH))
-    return total / (ids.shape[0] * (ids.shape[1] - 1))

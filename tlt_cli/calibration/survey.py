@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from tlt_cli.calibration.blocks import Blocks, tapped
 from tlt_cli.calibration.moments import Moments, Progress, Sums, outer, streams
-from tlt_cli.model.decoder import Decoder, Step
+from tlt_cli.model.decoder import Decoder
+from tlt_cli.model.step import Step
 
 STREAM_NORMS = ("attention_norm", "ffn_norm", "final_norm")  # what every reader of the stream reads through
 
@@ -21,9 +22,9 @@ STREAM_NORMS = ("attention_norm", "ffn_norm", "final_norm")  # what every reader
 class Look:
     """What was seen of one block, or, where `layer` is None, of the norm behind all blocks.
 
-    `moments` of what linears read; `influence` 1 - E cos(stream in front, behind); `turned` E||q_p||^2 E||k_p||^2 of
-    every entry of a head, or pair of entries, over all heads; by norm of the stream, u being what it makes without its
-    gain, `unit` E[u uT] [H, H] and `absolute` E|u| [H].
+    `moments` of what output and down read; `influence` 1 - E cos(stream in front, behind); `turned` E||q_p||^2
+    E||k_p||^2 of every entry of a head, or pair of entries, over all heads; by norm of the stream, u being what it
+    makes without its gain, `unit` E[u uT] [H, H] and `absolute` E|u| [H].
     """
 
     layer: int | None
@@ -71,8 +72,9 @@ class _Seen:
         self._strength: dict[str, Tensor] = {}
 
     def linear(self, role: str, layer: int, x: Tensor, y: Tensor) -> None:
-        """Count what a linear reads."""
-        self._sums.tap(role, layer, x, y)
+        """Count what a matrix reads that writes the stream: by these neurons and heads are chosen."""
+        if role in ("output", "down"):
+            self._sums.tap(role, layer, x, y)
 
     def norm(self, role: str, layer: int, x: Tensor) -> None:
         """Count what a norm of the stream reads."""

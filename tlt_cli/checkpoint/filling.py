@@ -98,7 +98,7 @@ def fill(files: Sequence[OpenShard], values: Checkpoint, *, jobs: int, tally: Ta
     computes = any(not _is_copy(tensor, values) for _, tensor in work)
     if computes:
         _keep_freed_memory()
-    with _one_thread_each(computes), ThreadPoolExecutor(jobs) as pool:
+    with one_thread_each(computes), ThreadPoolExecutor(jobs) as pool:
         try:
             for file, tensor in work:
                 memory = tensor.work or (0 if _is_copy(tensor, values) else 16 * _CAST_ELEMENTS)
@@ -248,8 +248,9 @@ def _keep_freed_memory() -> None:
 
 
 @contextmanager
-def _one_thread_each(wanted: bool) -> Iterator[None]:
-    """Many tensors at once use the cores better than many threads on one, which wait for each other at every step."""
+def one_thread_each(wanted: bool = True) -> Iterator[None]:
+    """Many tensors at once use the cores better than many threads on one, which wait for each other at every step; so
+    does one small matrix after the other, ten times so where something else is running."""
     if not wanted:
         yield
         return

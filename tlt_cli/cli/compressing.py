@@ -19,7 +19,6 @@ from tlt_cli.calibration.pieces import Low, put_together, slot_of
 from tlt_cli.checkpoint.cast import torch_dtype
 from tlt_cli.checkpoint.lazy import Checkpoint
 from tlt_cli.checkpoint.reader import open_checkpoint
-from tlt_cli.checkpoint.shards import is_single_file
 from tlt_cli.cli.calibrating import MOST_TOKENS, calibration_text, recorded
 from tlt_cli.cli.console import Output
 from tlt_cli.cli.execute import Outcome, Writing, carry_out, retyped
@@ -39,7 +38,6 @@ from tlt_cli.cli.judging import eval_text, judge
 from tlt_cli.errors import TltError, UsageError
 from tlt_cli.families import Fit, fit
 from tlt_cli.model.compare import compare
-from tlt_cli.model.modeling import AUTO_MAP, MODELING, modeling_source
 from tlt_cli.model.weights import load_checkpoint
 from tlt_cli.surgery.factor import GLOBAL
 from tlt_cli.surgery.fold import product
@@ -84,8 +82,6 @@ def compress_checkpoint(opened: Opened, request: Request, *, output: Path, kind:
     plan = _plan(typed(opened, kind), fitted, request, made, corpus, before)
     plan = measured(retyped(plan, kind), opened, request)
     files = table_files(opened.checkpoint, request.family, output, out)
-    if plan.config.get("auto_map") == AUTO_MAP and not is_single_file(output):
-        files[MODELING] = modeling_source()
     writing = Writing(
         output=output, force=request.force, dry_run=request.dry_run, max_shard_size=request.max_shard_size,
         jobs=request.jobs,

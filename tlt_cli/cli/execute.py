@@ -102,6 +102,7 @@ def carry_out(
     if not is_single_file(writing.output):
         card = record.model_card(checkpoint, lineage, changes=changes, notes=plan.notes)
         extras = {**record.companions(checkpoint), "README.md": card.encode(), **files}
+    put_code(extras, plan.config, writing.output, out)
     for note in plan.notes:
         out.note(note)
     if world_size() > len(layout.shards):
@@ -135,6 +136,19 @@ def carry_out(
             files=extras, max_shard_size=size, jobs=writing.jobs, force=writing.force, progress=progress, check=check,
         )  # fmt: skip
     return Outcome(report, _table(plan, changes, checkpoint, report.get("verification")))
+
+
+def put_code(extras: dict[str, Path | bytes], config: Mapping[str, Any], output: Path, out: Output) -> None:
+    """The code that transformers runs the output by, where it is of no family; that of the source never goes along."""
+    from tlt_cli.model.modeling import AUTO_MAP, MODELING, modeling_source
+
+    extras.pop(MODELING, None)
+    if config.get("auto_map") != AUTO_MAP:
+        return
+    if is_single_file(output):
+        out.note(f"{output} has no place for {MODELING}: only tlt reads it; transformers wants a folder")
+    else:
+        extras[MODELING] = modeling_source()
 
 
 def shard_size(text: str) -> int:

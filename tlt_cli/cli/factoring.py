@@ -14,7 +14,6 @@ from tlt_cli.checkpoint.header import TensorInfo, tensor_bytes
 from tlt_cli.checkpoint.lazy import Checkpoint
 from tlt_cli.checkpoint.reader import open_checkpoint
 from tlt_cli.checkpoint.record import source_name
-from tlt_cli.checkpoint.shards import is_single_file
 from tlt_cli.checkpoint.writer import check_target
 from tlt_cli.cli.console import Output
 from tlt_cli.cli.execute import Outcome, Writing, carry_out, derived_output, retyped
@@ -26,7 +25,6 @@ from tlt_cli.errors import TltError, UsageError
 from tlt_cli.families import Fit
 from tlt_cli.families.factors import LEFT, RIGHT, read_lowrank, refuse_factored
 from tlt_cli.families.groups import read_groups, refuse_grouped
-from tlt_cli.model.modeling import AUTO_MAP, MODELING, modeling_source
 from tlt_cli.model.text import Tokens
 from tlt_cli.surgery.factor import (
     UNIFORM,
@@ -166,8 +164,6 @@ def write_ranks(
         jobs=request.jobs,
     )  # fmt: skip
     files = table_files(opened.checkpoint, request.family, output, out)
-    if plan.config.get("auto_map") == AUTO_MAP and not is_single_file(output):
-        files[MODELING] = modeling_source()
     text = eval_text(opened, request, out=out) if judged else None
     checked = None
     if (request.verify or text is not None) and not request.dry_run:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -152,11 +151,9 @@ def fold_checkpoint(
     from tlt_cli.checkpoint.ranks import joined
     from tlt_cli.checkpoint.reader import open_checkpoint
     from tlt_cli.checkpoint.record import source_name
-    from tlt_cli.checkpoint.shards import is_single_file
     from tlt_cli.checkpoint.writer import check_target
     from tlt_cli.cli.execute import Writing, carry_out, derived_output, retyped
     from tlt_cli.cli.opening import parse_dtype, tokenizer_for
-    from tlt_cli.model.modeling import MODELING, modeling_source
     from tlt_cli.model.text import load_tokens
     from tlt_cli.surgery.factored_file import joined_plan
     from tlt_cli.surgery.fold import fold as folded
@@ -174,11 +171,15 @@ def fold_checkpoint(
                 dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
                 plan = retyped((folded if fitted.groups is None else fold_glue)(fitted, dtypes), kind)
             glued = fitted is not None and fitted.groups is not None
+            if data and fitted is None:
+                raise UsageError(f"--data is for the proof, which runs the model, and no family fits {source}")
+            proves = verify and fitted is not None and checkpoint.location is not None
             text = None
-            if data and fitted is not None:
-                text = load_tokens(tokenizer_for(checkpoint, fitted.sizes["vocab"], None), data).ids
-            needless = tuple(path for path in checkpoint.companions if path.name != MODELING)
-            checkpoint = replace(checkpoint, companions=needless)
+            if data and proves and fitted is not None:
+                tokens = load_tokens(tokenizer_for(checkpoint, fitted.sizes["vocab"], None), data)
+                text = tokens.ids
+                for note in tokens.notes:
+                    out.note(note)
             writing = Writing(
                 output=output or derived_output(checkpoint, "folded"), force=force, dry_run=dry_run,
                 max_shard_size=max_shard_size, jobs=jobs,
@@ -187,9 +188,8 @@ def fold_checkpoint(
 
         def compared(staged: Path) -> dict[str, Any]:
             assert fitted is not None
-            found = verified(
-                fitted, plan, checkpoint, sample_tokens(fitted, text, seed=seed), written=open_checkpoint(staged)
-            )
+            ids = sample_tokens(fitted, text, seed=seed)
+            found = verified(fitted, plan, checkpoint, ids, written=open_checkpoint(staged))
             check(plan, found)
             return found.report()
 
@@ -204,8 +204,7 @@ def fold_checkpoint(
                 ("glued linears" if glued else "factored matrices", str(plan.details["folded"]), "0"),
                 ("parameters", f"{before:,}", f"{plan.parameters:,}"),
             ],
-            files={MODELING: modeling_source()} if glued and not is_single_file(writing.output) else {},
-            verify=compared if verify and fitted is not None and checkpoint.location is not None else None,
+            verify=compared if proves else None,
         )  # fmt: skip
 
 
@@ -222,7 +221,7 @@ def _opened(
     lowrank = read_lowrank(checkpoint.config)
     if lowrank is not None and not (family or axes or own_table(checkpoint)):
         try:
-            choose({}, dense_config(checkpoint.config or {}, lowrank), None)
+            choose({}, dense_config(checkpoint.config or {}, lowrank.stock), None)
         except TltError as error:
             out.note(str(error))
             return checkpoint, None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ from tlt_cli.cli.execute import Outcome, Writing, carry_out, retyped
 from tlt_cli.cli.opening import beside_its_base, parse_dtype
 from tlt_cli.errors import TltError
 from tlt_cli.model.lora import Lora
-from tlt_cli.model.modeling import MODELING
 from tlt_cli.model.weights import load_checkpoint
 from tlt_cli.surgery.fold_adapter import Update, fold_updates
 from tlt_cli.surgery.verify import check, sample_tokens, verify
@@ -89,9 +87,8 @@ def fold_adapter(
         command += ["--dtype", kind.lower()] if kind else []
         command += ["--family", Path(family).name] if family else []
         command += ["--max-shard-size", max_shard_size] if max_shard_size else []
-        needed = tuple(path for path in checkpoint.companions if path.name != MODELING)
         return carry_out(
-            plan, replace(checkpoint, companions=needed), out=out, writing=writing, command=shlex.join(command),
+            plan, checkpoint, out=out, writing=writing, command=shlex.join(command),
             changes=[("matrices with an update beside them", str(len(updates)), "0")],
             verify=compared if verified and checkpoint.location is not None else None,
         )  # fmt: skip

@@ -98,11 +98,11 @@ def generate(
     ids = words.encode(prompt)
     decoder = load_decoder(checkpoint, model.fit, adapter=model.adapter, stream=stream, dtype=dtype, device=device)
     decoder = run_part(decoder, model)
-    leaves: dict[str, Any] = {} if model.part is None else {"part": model.part.name}
+    told: dict[str, Any] = {} if model.part is None else {"part": model.part.name}
     if lock:
         if not isinstance(decoder.adapter, Tree):
             raise UsageError(f"--lock goes with a tree of LoRAs, and {source} is none")
-        decoder.adapter.locked = leaves["leaves"] = decoder.adapter.choose_leaf(decoder, ids)
+        decoder.adapter.locked = told["leaves"] = decoder.adapter.choose_leaf(decoder, ids)
     stops = stop_ids(checkpoint.config, checkpoint.companions)
     drawn, counted = tee(draw(decoder, ids, max_tokens, temperature, top_k, top_p, seed, stops))
     text = ""
@@ -111,4 +111,4 @@ def generate(
         if not json:
             out.write(piece)
     data = {"source": source, "prompt": prompt, "text": text, "tokens": len(list(counted)), "seed": seed}
-    out.result({**data, "temperature": temperature, "top_k": top_k, "top_p": top_p, **leaves}, line="")
+    out.result({**data, "temperature": temperature, "top_k": top_k, "top_p": top_p, **told}, line="")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 from tlt_cli.checkpoint.lazy import Checkpoint
 from tlt_cli.checkpoint.planned import Tensors
@@ -23,6 +21,7 @@ from tlt_cli.model.text import load_tokens
 from tlt_cli.model.weights import load
 from tlt_cli.surgery.glue import NONE, check_kind, glued
 from tlt_cli.surgery.plan import Plan
+from tlt_cli.surgery.verify import planned_values
 
 IDENTITY, FITTED = "identity", "fit"
 _TEXT_TOKENS = MOST_TOKENS // 4  # of the calibration text
@@ -54,9 +53,12 @@ class Gluing:
         return self.init == FITTED
 
 
-def glue_words(gluing: Gluing | None, calibration: Sequence[str | Path] | None, seed: int) -> str:
+NO_GLUE = Gluing()
+
+
+def glue_words(gluing: Gluing, calibration: Sequence[str | Path] | None, seed: int) -> str:
     """The options as typed, behind a space; nothing where there is no glue."""
-    if gluing is None or gluing.kind == NONE:
+    if not gluing.present:
         return ""
     words = ["--glue", gluing.kind]
     words += [] if gluing.rank is None else ["--glue-rank", str(gluing.rank)]
@@ -78,7 +80,7 @@ def glue(
 ) -> Plan:
     """The plan of a merge with the glue that was asked for; where it is fitted, all models are run."""
     started = glued(plan, gluing.kind, rank=gluing.rank, seed=seed)
-    if gluing.kind == NONE or not gluing.fits:
+    if not gluing.fits:  # and where there is none it never does
         return started
     from tlt_cli.calibration.blocks import calibration_windows
     from tlt_cli.calibration.stitch import stitch
@@ -91,7 +93,7 @@ def glue(
         out.note(note)
     context = min(USUAL_CONTEXT, *(positions(fitted) for _, fitted in found), max(2, len(tokens.ids) // 8))
     ids = calibration_windows(tokens.ids, context, max(4, _TEXT_TOKENS // context))
-    decoder = load(_computed(started, values), whole.places, describe(whole))
+    decoder = load(planned_values(started, values), whole.places, describe(whole))
     assert isinstance(decoder, Grouped)
     with out.progress(f"stitching on {tokens.info['source']}") as progress:
         stitched = stitch(decoder, ids, progress=progress)
@@ -103,13 +105,3 @@ def glue(
     details = {**stitched.data(), "calibration": recorded(tokens, ids.numel())}
     made = glued(plan, gluing.kind, rank=gluing.rank, seed=seed, starts=stitched.starts)
     return replace(made, details={**made.details, "glue": {**made.details["glue"], "fit": details}})
-
-
-def _computed(plan: Plan, values: Tensors) -> Callable[[str], torch.Tensor]:
-    planned = {tensor.name: tensor for tensor in plan.tensors}
-
-    def read(name: str) -> torch.Tensor:
-        tensor = planned[name]
-        return values.read(tensor.source) if tensor.compute is None else torch.cat(list(tensor.compute(values)))
-
-    return read

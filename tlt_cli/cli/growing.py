@@ -86,7 +86,7 @@ def grow_checkpoint(
         return carry_out(
             plan, checkpoint, out=out, writing=writing,
             command=_command(checkpoint, sizes.named(), recipe, kind, family, axes, max_shard_size),
-            changes=_changes(plan, checkpoint), files=files, verify=checked,
+            changes=size_changes(plan, checkpoint), files=files, verify=checked,
         )  # fmt: skip
 
 
@@ -136,8 +136,9 @@ def _command(
     return shlex.join(words)
 
 
-def _changes(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
-    before, after = plan.details["from"], plan.details["to"]
+def size_changes(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
+    """Every size before and after, where the plan tells them, and the number of parameters: rows of a table."""
+    before, after = plan.details.get("from", {}), plan.details.get("to", {})
     rows = [(name.replace("_", " "), f"{before[name]:,}", f"{after[name]:,}") for name in before]
     count = sum(prod(info.shape) for info in checkpoint.tensors.values())
     return [*rows, ("parameters", f"{count:,}", f"{plan.parameters:,}")]

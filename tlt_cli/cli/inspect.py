@@ -94,6 +94,8 @@ def inspect(
 
     if toml and json:
         raise UsageError("--toml and --json are two forms of the same: give one of them")
+    if force and heatmap is None:
+        raise UsageError("--force says nothing without --heatmap; drop it")
     out = Output(json=json, quiet=quiet, verbose=verbose)
     if any(given is not None for given in (heatmap, prefixes, categories, tokens)):
         from tlt_cli.cli.heatmap import look_at_prefixes
@@ -108,8 +110,8 @@ def inspect(
         if heatmap is not None:
             out.note(f"drawn: {heatmap}")
         return
-    if tokenizer is not None or force:
-        raise UsageError(f"{'--force' if force else '--tokenizer'} says nothing without --heatmap; drop it")
+    if tokenizer is not None:
+        raise UsageError("--tokenizer says nothing without --prefixes, --categories, --tokens or --heatmap; drop it")
     adapter = adapter_of(source)
     if adapter is not None:
         if toml or family or axis:

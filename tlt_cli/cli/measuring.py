@@ -136,6 +136,6 @@ def windows_at_once(fit: Fit, context: int) -> int:
 
 
 def positions(fit: Fit) -> int:
-    """How far the model was made to see."""
-    stated = fit.sizes.get("position") or fit.setting("max_position_embeddings")
-    return stated if isinstance(stated, int) and stated > 1 else USUAL_CONTEXT
+    """How far the model was made to see; of several side by side, the one that sees least far."""
+    stated = [one.sizes.get("position") or one.setting("max_position_embeddings") for one in fit.parts]
+    return min(count if isinstance(count, int) and count > 1 else USUAL_CONTEXT for count in stated)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tlt_cli.checkpoint.filling import one_thread_each
 from tlt_cli.checkpoint.header import tensor_bytes
 from tlt_cli.checkpoint.lazy import Checkpoint
 from tlt_cli.checkpoint.ranks import joined
@@ -23,17 +24,18 @@ from tlt_cli.checkpoint.together import together
 from tlt_cli.checkpoint.writer import check_target
 from tlt_cli.cli.console import Output
 from tlt_cli.cli.execute import Outcome, Writing, carry_out, derived_output, retyped
-from tlt_cli.cli.gluing import Gluing, glue, glue_words
+from tlt_cli.cli.gluing import NO_GLUE, Gluing, glue, glue_words
 from tlt_cli.cli.growing import table_files
-from tlt_cli.cli.merging_stock import Merging, damage_rows, stock_plan, verify_stock
+from tlt_cli.cli.merging_stock import Merging, damage_rows, damaged, stock_plan
 from tlt_cli.cli.opening import opened, parse_dtype
 from tlt_cli.cli.vocabularies import Vocabulary, check_vocabularies
 from tlt_cli.errors import UsageError
 from tlt_cli.families import Fit
-from tlt_cli.model.modeling import MODELING, modeling_source
-from tlt_cli.surgery.merge import Source, merge
+from tlt_cli.families.groups import check_weights
+from tlt_cli.surgery.merge import Source, counted, merge
 from tlt_cli.surgery.verify import check, sample_tokens
 from tlt_cli.surgery.verify_merge import shared_tokens, shortened, verify_merge
+from tlt_cli.surgery.verify_slice import verify_written
 
 
 def merge_checkpoints(
@@ -42,7 +44,7 @@ def merge_checkpoints(
     *,
     out: Output,
     weights: Sequence[float] | None = None,
-    gluing: Gluing | None = None,
+    gluing: Gluing = NO_GLUE,
     family: str | None = None,
     axes: Sequence[str] | None = None,
     dtype: str | None = None,
@@ -61,10 +63,11 @@ def merge_checkpoints(
     `layout` is "grouped", or "stock" for a dense model of the family itself, which only comes near their mean; then
     `calibration` are texts to fit its norms on. `vocab` is "same", or "union" to join tokenizers that differ.
     Notes and progress go to `out`. Raises TltError, with nothing written, for models that cannot lie side by side, and
-    where the output does not compute their mean. `seed` is that of the tokens to verify on.
+    where the output does not compute their mean, or what was planned where that is another function. `seed` is that of
+    the tokens to verify on and of glue's right factors.
     """
-    _check_options(layout, vocab, calibration if gluing is None or not gluing.fits else None)
-    if gluing is not None and gluing.present and layout != "grouped":
+    _check_options(layout, vocab, None if gluing.fits else calibration)
+    if gluing.present and layout != "grouped":
         raise UsageError("--glue stands between models that lie side by side: --layout grouped")
     if len(sources) < 2:
         raise UsageError(f"tlt merge takes two or more models, and {len(sources)} was given")
@@ -73,6 +76,7 @@ def merge_checkpoints(
             kind = None if dtype is None else parse_dtype(dtype)
             found = [opened(source, out=out, family=family, axes=axes, values=not dry_run) for source in sources]
             shares = [1 / len(found)] * len(found) if weights is None else list(weights)
+            check_weights(shares, len(found))
             first, values = found[0][0], together([checkpoint for checkpoint, _ in found])
             writing = Writing(
                 output=output or derived_output(first, f"merged{len(found)}"), force=force, dry_run=dry_run,
@@ -80,38 +84,40 @@ def merge_checkpoints(
             )  # fmt: skip
             check_target(writing.output, values, force=force)
             vocabulary = check_vocabularies(found, out=out, union=vocab == "union")
-            if not dry_run:  # before anything is hashed or planned
+            bare = [_source(*one, tokens) for one, tokens in zip(found, vocabulary.rows, strict=True)]
+            counted(bare, shares)
+            if not dry_run:
                 check_room(writing.output, _bytes(found, kind))
-            sources_of = [_source(*one, tokens) for one, tokens in zip(found, vocabulary.rows, strict=True)]
+            # what can be refused was: hashing reads all of every file
+            sources_of = [
+                replace(source, sha256=checkpoint.digest()) for source, (checkpoint, _) in zip(bare, found, strict=True)
+            ]
             ids = _verification_ids(found, vocabulary, seed)
             merging = Merging(found, sources_of, values, shares, vocabulary.rows)
             if layout == "stock":
                 stored = stock_plan(merging, calibration=calibration, random=ids, measure=not dry_run, out=out)
             else:
-                stored = merge(sources_of, weights)
-            if gluing is not None:
-                stored = glue(stored, gluing, values, found, calibration=calibration, seed=seed, out=out)
+                stored = merge(sources_of, shares)
+            stored = glue(stored, gluing, values, found, calibration=calibration, seed=seed, out=out)
+            if layout == "grouped" and not stored.exact:
+                stored = damaged(merging, stored, ids)
             plan = retyped(stored, kind)
             plan = replace(plan, config={**plan.config, **vocabulary.config}, notes=(*vocabulary.notes, *plan.notes))
-            kept = [path for path in first.companions if path.name not in (MODELING, *vocabulary.replaced)]
+            kept = [path for path in first.companions if path.name not in vocabulary.replaced]
             values = replace(values, companions=tuple(kept))
             files = table_files(first, family, writing.output, out)
             if not is_single_file(writing.output):
                 files.update(vocabulary.files)
-            if layout == "grouped" and is_single_file(writing.output):
-                out.note(
-                    f"{writing.output} has no place for {MODELING}: only tlt reads it; transformers wants a folder"
-                )
-            elif layout == "grouped":
-                files[MODELING] = modeling_source()
 
         def compared(staged: Path) -> dict[str, Any]:
-            if layout == "stock":
-                return verify_stock(merging, plan, staged, ids)
+            written = open_checkpoint(staged)
+            if not plan.exact:  # then it is not the mean, but what was planned it must be
+                with one_thread_each():
+                    proof = verify_written(plan, values, written, merging.fit(plan), seed=seed)
+                check(replace(plan, exact=True), proof.found)
+                return proof.report()
             coarse = any(_coarser(new.dtype, old.dtype) for new, old in zip(plan.tensors, stored.tensors, strict=True))
-            result = verify_merge(
-                plan, values, open_checkpoint(staged), found, shares, ids, coarse=coarse, rows=vocabulary.rows
-            )
+            result = verify_merge(plan, values, written, found, shares, ids, coarse=coarse, rows=vocabulary.rows)
             check(plan, result)
             return result.report()
 
@@ -149,7 +155,7 @@ def _check_options(layout: str, vocab: str, calibration: Sequence[str | Path] | 
 
 def _source(checkpoint: Checkpoint, fitted: Fit, tokens: Sequence[int] | None) -> Source:
     dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
-    return Source(fitted, dtypes, source_name(checkpoint), checkpoint.digest(), tokens)
+    return Source(fitted, dtypes, source_name(checkpoint), "", tokens)
 
 
 def _verification_ids(found: Sequence[tuple[Checkpoint, Fit]], vocabulary: Vocabulary, seed: int) -> Tensor:
@@ -175,9 +181,7 @@ def _bytes(found: Sequence[tuple[Checkpoint, Fit]], dtype: str | None) -> int:
 
 def _smallest(found: Sequence[tuple[Checkpoint, Fit]]) -> Fit:
     """The fit of the model with the fewest positions: what it can read, all can."""
-    fits = [fitted.part(number) for _, fitted in found if fitted.groups for number in range(len(fitted.groups.parts))]
-    fits += [fitted for _, fitted in found if fitted.groups is None]
-    return min(fits, key=lambda fitted: fitted.sizes.get("position", 0))
+    return min((part for _, fitted in found for part in fitted.parts), key=lambda part: part.sizes.get("position", 0))
 
 
 def _command(

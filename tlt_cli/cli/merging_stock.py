@@ -15,7 +15,6 @@ from torch.nn import functional
 from tlt_cli.calibration.blocks import calibration_windows
 from tlt_cli.calibration.stock_gains import stock_gains
 from tlt_cli.checkpoint.lazy import Checkpoint
-from tlt_cli.checkpoint.reader import open_checkpoint
 from tlt_cli.cli.calibrating import recorded
 from tlt_cli.cli.console import Output
 from tlt_cli.cli.opening import tokenizer_for
@@ -24,15 +23,13 @@ from tlt_cli.families import Fit, fit
 from tlt_cli.model.compare import Distance, distance
 from tlt_cli.model.decoder import Decoder
 from tlt_cli.model.text import Tokens, load_tokens
-from tlt_cli.model.weights import load_checkpoint
 from tlt_cli.surgery.merge import Source
 from tlt_cli.surgery.plan import Plan
 from tlt_cli.surgery.stock_layout import check_head_norms, stock_layout
-from tlt_cli.surgery.verify import Verification, bound_of, planned_decoder
+from tlt_cli.surgery.verify import planned_decoder
 from tlt_cli.surgery.verify_merge import mean_logits, shared_tokens
 
 _CONTEXT, _WINDOWS, _MOST_LOGITS = 128, 32, 1 << 23
-_ROUNDINGS = 64  # as `surgery.verify` allows
 
 
 @dataclass(frozen=True)
@@ -51,8 +48,11 @@ class Merging:
 
     def planned(self, plan: Plan) -> Decoder:
         """What the plan will write, streamed."""
-        family = self.found[0][1].family
-        return planned_decoder(plan, fit(plan.shapes, plan.config, family=family), self.values, dtype=torch.float32)
+        return planned_decoder(plan, self.fit(plan), self.values, dtype=torch.float32)
+
+    def fit(self, plan: Plan) -> Fit:
+        """What the plan will write, fitted."""
+        return fit(plan.shapes, plan.config, family=self.found[0][1].family)
 
 
 def stock_plan(
@@ -67,14 +67,16 @@ def stock_plan(
     check_head_norms(merging.sources, merging.values)
     text, gains = None, None
     if calibration:
-        tokens, fitted, text = _text(merging, calibration, out=out)
+        decoder = merging.planned(plan)
+        tokens, fitted, text = _text(merging, decoder.longest, calibration, out=out)
         with out.progress("calibrating the norms"):
-            gains = stock_gains(merging.planned(plan), fitted, len(plan.details["models"]))
+            gains = stock_gains(decoder, fitted, len(plan.details["models"]))
         plan = stock_layout(merging.sources, merging.weights, gains)
         plan.details["calibration"] = recorded(tokens, fitted.numel())
         spread = max(abs(gain) for each in gains.values() for gain in each)
         out.detail(f"largest |log gain| {spread:.3g}")
-    damage: dict[str, Any] = {"random": _report(_lost(merging, plan, random)[0])}
+    plan = damaged(merging, plan, random)
+    damage = plan.details["damage"]
     found = damage["random"]
     notes = [
         "A stock model has one norm for the whole width, and these models had one each: it is not the mean of their "
@@ -89,7 +91,12 @@ def stock_plan(
             f"{found.kl:.3g}, perplexity {perplexities['stock']:.6g} where the mean of the models has "
             f"{perplexities['mean']:.6g}."
         )
-    return replace(plan, details={**plan.details, "damage": damage}, notes=(*plan.notes, *notes))
+    return replace(plan, notes=(*plan.notes, *notes))
+
+
+def damaged(merging: Merging, plan: Plan, ids: Tensor) -> Plan:
+    """The plan with how far it is from the mean of the models, on random ids [B, T], as "damage" in its details."""
+    return replace(plan, details={**plan.details, "damage": {"random": _report(_lost(merging, plan, ids)[0])}})
 
 
 def damage_rows(plan: Plan) -> list[tuple[str, str, str]]:
@@ -104,32 +111,16 @@ def damage_rows(plan: Plan) -> list[tuple[str, str, str]]:
     return rows
 
 
-@torch.no_grad()
-def verify_stock(merging: Merging, plan: Plan, written: Path, ids: Tensor) -> dict[str, Any]:
-    """Hold the written file against the plan. Raises TltError where it differs by more than its dtype rounds."""
-    checkpoint = open_checkpoint(written)
-    fitted = fit(plan.shapes, plan.config, family=merging.found[0][1].family)
-    planned, made = merging.planned(plan), load_checkpoint(checkpoint, fitted, stream=True)
-    found = Verification(distance(planned(ids), made(ids)), bound_of(fitted))
-    coarse = {tensor.dtype for tensor in plan.tensors} & {"BF16", "F16"}
-    precision = {"BF16": 2.0**-7, "F16": 2.0**-10}
-    allowed = max([found.bound, *(_ROUNDINGS * precision[dtype] for dtype in coarse)])
-    if found.computed.relative > allowed:
-        raise TltError(
-            f"verification failed: the written file's logits differ from the plan's by {found.computed.relative:.1e} "
-            f"of their deviation, and {allowed:.1e} is allowed; nothing was written; report it, with the command"
-        )
-    return found.report()
-
-
-def _text(merging: Merging, calibration: Sequence[str | Path], *, out: Output) -> tuple[Tokens, Tensor, Tensor]:
-    """The text as ids, and its windows [N, T]: even ones to calibrate on, odd ones to measure on."""
+def _text(
+    merging: Merging, longest: int | None, calibration: Sequence[str | Path], *, out: Output
+) -> tuple[Tokens, Tensor, Tensor]:
+    """The text as ids, and its windows [N, T], no longer than `longest`: even ones to calibrate on, odd ones to measure
+    on."""
     vocab = min(fitted.sizes["vocab"] for _, fitted in merging.found)
     tokens = load_tokens(tokenizer_for(merging.found[0][0], vocab, None), calibration)
     for note in tokens.notes:
         out.note(note)
-    longest = [merging.planned(stock_layout(merging.sources, merging.weights)).longest, _CONTEXT, len(tokens.ids) // 2]
-    context = min(limit for limit in longest if limit is not None)
+    context = min(limit for limit in (longest, _CONTEXT, len(tokens.ids) // 2) if limit is not None)
     if context < 2:
         raise TltError(f"{tokens.info['source']} has {len(tokens.ids)} tokens; calibration takes 4 or more")
     windows = calibration_windows(tokens.ids, context, _WINDOWS)

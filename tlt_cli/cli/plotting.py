@@ -7,32 +7,18 @@ import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from tlt_cli.errors import TltError, UsageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from tlt_cli.cli.heatmap import Map
+
 SUFFIXES = (".png", ".svg", ".pdf")
 _WIDTH, _HEIGHT = 60, 12
 _LABELS = 64  # of a map's rows at most
-
-
-class Map(Protocol):
-    """How alike tokens are, in the order of a tree: their names, cosines [n, n], and the group that each is in [n]."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """What the rows are called."""
-
-    @property
-    def cosines(self) -> Any:
-        """[n, n], from -1 to 1."""
-
-    @property
-    def labels(self) -> Any:
-        """The group of each row [n]; groups are side by side."""
 
 
 def check_plot(path: Path, *, force: bool, option: str = "--plot") -> None:

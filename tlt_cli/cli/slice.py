@@ -66,8 +66,8 @@ Norm = Annotated[
     str | None,
     typer.Option(
         "--norm", metavar="NAME", rich_help_panel=_HOW,
-        help="What norms see: sliced, the kept entries; masked, all, the rest zero. Default: as trained, else sliced, "
-        "with gains calibrated where a text is read.",
+        help="What norms see: sliced, the kept entries; masked, all, the rest zero. Default: as trained, else sliced; "
+        "with --order or --refit sliced, with calibrated gains.",
     ),
 ]  # fmt: skip
 Order = Annotated[
@@ -128,7 +128,7 @@ def slice(
 ) -> None:
     """Cut a smaller model out of a larger one: any axis, a level, a block, or a budget.
 
-    What is kept computes exactly what it does inside the whole.
+    What is kept computes exactly what it does inside the whole, unless --order or --refit moves it.
 
     A model that was grown is taken back by the growth's own maps. --data is a text on which the part is compared with
     the whole.

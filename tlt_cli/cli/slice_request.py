@@ -80,7 +80,7 @@ def command(source: str, request: Request, dtype: str | None) -> str:
         ("size", request.size), ("level", request.level), ("block", request.block), ("norm", request.norm),
         ("order", request.order if request.order != "prefix" else None), ("context", request.context),
         ("dtype", dtype.lower() if dtype else None), ("max-shard-size", request.max_shard_size),
-        ("family", Path(request.family).name if request.family else None), ("seed", request.seed or None),
+        ("family", Path(request.family).name if request.family else None),
     ):  # fmt: skip
         words += [f"--{name}", str(value)] if value is not None else []
     for text in request.calibration or ():

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,21 +12,21 @@ from tlt_cli.checkpoint.ranks import joined
 from tlt_cli.checkpoint.reader import open_checkpoint
 from tlt_cli.checkpoint.record import source_name
 from tlt_cli.checkpoint.writer import check_target
+from tlt_cli.cli.calibrating import MOST_TOKENS, recorded
 from tlt_cli.cli.console import Output
 from tlt_cli.cli.execute import Outcome, Writing, carry_out, derived_output, retyped
-from tlt_cli.cli.growing import table_files
+from tlt_cli.cli.growing import size_changes, table_files
 from tlt_cli.cli.measuring import USUAL_CONTEXT, positions
 from tlt_cli.cli.opening import opened, parse_dtype, tokenizer_for
 from tlt_cli.cli.slice_request import Request, command, named
 from tlt_cli.errors import TltError, UsageError
 from tlt_cli.families import Fit
 from tlt_cli.families.factors import refuse_factored
-from tlt_cli.model.modeling import MODELING
 from tlt_cli.model.part import Child, Part
 from tlt_cli.model.text import load_tokens
 from tlt_cli.surgery.glue import idle
 from tlt_cli.surgery.plan import Plan
-from tlt_cli.surgery.slice import Chosen, Wanted, chosen, of_sizes, sliced, wanted_sizes
+from tlt_cli.surgery.slice import Chosen, Wanted, chosen, sliced, wanted_sizes
 from tlt_cli.surgery.slice_sizes import smaller
 from tlt_cli.surgery.targets import current
 from tlt_cli.surgery.ungrow import Record, last_growth, ungrown
@@ -68,55 +67,54 @@ def slice_checkpoint(source: str | Checkpoint, request: Request, *, out: Output)
                 jobs=request.jobs,
             )  # fmt: skip
             check_target(output, checkpoint, force=request.force)
-            made = _made(checkpoint, fitted, wanted, request, out)
+            local = checkpoint.location is not None  # what a dry run reads of the hub has no values
+            text = _text(checkpoint, fitted, request) if request.verify and local else None
+            made = _made(checkpoint, fitted, wanted, request, text, out)
             plan = retyped(made.plan, kind)
             files = table_files(checkpoint, request.family, output, out)
-            if fitted.groups is not None:  # what is taken out is stock
-                kept = tuple(path for path in checkpoint.companions if path.name != MODELING)
-                checkpoint = replace(checkpoint, companions=kept)
 
         def compared(staged: Path) -> Mapping[str, Any]:
             proof = made.checked(plan, open_checkpoint(staged))
             check_slice(plan, proof)
             return proof.report()
 
-        local = checkpoint.location is not None  # what a dry run reads of the hub has no values
         return carry_out(
             plan, checkpoint, out=out, writing=writing, command=command(source_name(checkpoint), request, kind),
-            changes=_changes(plan, checkpoint), files=files, verify=compared if request.verify and local else None,
+            changes=size_changes(plan, checkpoint), files=files, verify=compared if request.verify and local else None,
         )  # fmt: skip
 
 
-def _made(checkpoint: Checkpoint, fitted: Fit, wanted: Wanted, request: Request, out: Output) -> Made:
+def _made(
+    checkpoint: Checkpoint, fitted: Fit, wanted: Wanted, request: Request, text: Tensor | None, out: Output
+) -> Made:
     dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
-
-    def text() -> Tensor | None:
-        return _text(checkpoint, fitted, request)
-
     if fitted.groups is not None:
         return _one_of_several(checkpoint, fitted, dtypes, wanted, request, text)
     record = last_growth(checkpoint.lineage, fitted)
     if record is not None and not request.calibrates and _undoes(fitted, wanted, record, out):
         small, plan = ungrown(fitted, dtypes, record)
+        whole = checkpoint, fitted
+        of, lost = (whole, None) if plan.exact else (None, whole)
         return Made(
             plan,
             lambda plan, written: verify_written(
-                plan, checkpoint, written, small, of=(checkpoint, fitted), text=text(), seed=request.seed
+                plan, checkpoint, written, small, of=of, lost=lost, text=text, seed=request.seed
             ),
         )
     if request.calibrates:
-        return _calibrated(checkpoint, fitted, dtypes, wanted, request, out)
+        return _calibrated(checkpoint, fitted, dtypes, wanted, request, text, out)
     found = chosen(fitted, wanted)
-    named = {"block": request.block} if request.block and found.level is None else {}
-    child, plan = sliced(fitted, dtypes, found, details=named)
-    return _proved(checkpoint, fitted, found.part, child, plan, request)
+    child, plan = sliced(fitted, dtypes, found)
+    return _proved(checkpoint, fitted, found.part, child, plan, request, text)
 
 
-def _proved(checkpoint: Checkpoint, fitted: Fit, part: Part, child: Child, plan: Plan, request: Request) -> Made:
+def _proved(
+    checkpoint: Checkpoint, fitted: Fit, part: Part, child: Child, plan: Plan, request: Request, text: Tensor | None
+) -> Made:
     return Made(
         plan,
         lambda plan, written: verify_slice(
-            fitted, part, child, plan, checkpoint, written, text=_text(checkpoint, fitted, request), seed=request.seed
+            fitted, part, child, plan, checkpoint, written, text=text, seed=request.seed
         ),
     )
 
@@ -127,7 +125,7 @@ def _one_of_several(
     dtypes: Mapping[str, str],
     wanted: Wanted,
     request: Request,
-    text: Callable[[], Tensor | None],
+    text: Tensor | None,
 ) -> Made:
     """One of the models that lie side by side in a merged checkpoint."""
     assert fitted.groups is not None
@@ -139,7 +137,7 @@ def _one_of_several(
     plan = taken_out(fitted, dtypes, wanted.block[0] - 1, idle=still)
     own = fitted.part(wanted.block[0] - 1)
     return Made(
-        plan, lambda plan, written: verify_written(plan, checkpoint, written, own, text=text(), seed=request.seed)
+        plan, lambda plan, written: verify_written(plan, checkpoint, written, own, text=text, seed=request.seed)
     )
 
 
@@ -158,9 +156,16 @@ def _undoes(fitted: Fit, wanted: Wanted, record: Record, out: Output) -> bool:
 
 
 def _calibrated(
-    checkpoint: Checkpoint, fitted: Fit, dtypes: Mapping[str, str], wanted: Wanted, request: Request, out: Output
+    checkpoint: Checkpoint,
+    fitted: Fit,
+    dtypes: Mapping[str, str],
+    wanted: Wanted,
+    request: Request,
+    text: Tensor | None,
+    out: Output,
 ) -> Made:
     """What a text chooses and refits."""
+    from tlt_cli.calibration.blocks import calibration_windows
     from tlt_cli.calibration.slicing import calibrated
 
     sizes, notes = wanted_sizes(fitted, wanted)
@@ -170,28 +175,26 @@ def _calibrated(
     for note in tokens.notes:
         out.note(note)
     context = request.context or min(USUAL_CONTEXT, positions(fitted))
+    ids = calibration_windows(tokens.ids, context, max(1, MOST_TOKENS // context))
     with out.progress(f"slice: reading {tokens.info['source']}") as progress:
         made = calibrated(
-            fitted, checkpoint, tokens.ids, {name: size for name, size in sizes.items() if name != "vocab"},
-            order=request.order, refit=request.refit, norm=wanted.norm, context=context, progress=progress,
+            fitted, checkpoint, ids, {name: size for name, size in sizes.items() if name != "vocab"},
+            order=request.order, refit=request.refit, norm=wanted.norm, progress=progress,
         )  # fmt: skip
     told = {
         "order": request.order, "refit": request.refit, "context": context,
-        "calibration": {**tokens.info, "source": Path(str(tokens.info["source"])).name},
-        "calibrated": made.details,
+        "calibration": recorded(tokens, ids.numel()), "calibrated": made.details,
     }  # fmt: skip
-    part = made.part or of_sizes(fitted, sizes, wanted.norm).part
-    found = Chosen(part, notes=(*notes, *made.notes))
+    found = Chosen(made.part, notes=(*notes, *made.notes))
     child, plan = sliced(fitted, dtypes, found, tensors=made.plan_tensors, config=made.config, details=told)
     if made.plan_tensors is None:
-        return _proved(checkpoint, fitted, part, child, plan, request)
+        return _proved(checkpoint, fitted, made.part, child, plan, request, text)
     return Made(
         plan,
         lambda plan, written: verify_written(
-            plan, checkpoint, written, child.fit, lost=(checkpoint, fitted), text=_text(checkpoint, fitted, request),
-            seed=request.seed,
+            plan, checkpoint, written, child.fit, lost=(checkpoint, fitted), text=text, seed=request.seed
         ),
-    )  # fmt: skip
+    )
 
 
 def _text(checkpoint: Checkpoint, fitted: Fit, request: Request) -> Tensor | None:
@@ -199,10 +202,3 @@ def _text(checkpoint: Checkpoint, fitted: Fit, request: Request) -> Tensor | Non
     if not request.data:
         return None
     return load_tokens(tokenizer_for(checkpoint, fitted.sizes["vocab"], request.tokenizer), request.data).ids
-
-
-def _changes(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
-    before, after = plan.details.get("from", {}), plan.details.get("to", {})
-    rows = [(name.replace("_", " "), f"{before[name]:,}", f"{after[name]:,}") for name in before]
-    count = sum(prod(info.shape) for info in checkpoint.tensors.values())
-    return [*rows, ("parameters", f"{count:,}", f"{plan.parameters:,}")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ def by_stream(
             _Model(name, model, load, texts)
             for name, load in _members(model, device=device, dtype=dtype, stream=stream)
         ]  # fmt: skip
+    for note in dict.fromkeys(note for one in models for tokens in one.texts for note in tokens.notes):
+        out.note(note)
     if context is None:
         context = min(USUAL_CONTEXT, *(positions(one.source.fit) for one in models))
     rows = []
@@ -100,7 +103,7 @@ def _members(
     if groups is not None and not groups.dense:
         for number, part in enumerate(groups.parts):
             name = f"{model.source}: part {number + 1}, {part.name}"
-            yield name, _loading(lambda number: alone(model.checkpoint, model.fit, number, kind, place), number)
+            yield name, partial(alone, model.checkpoint, model.fit, number, kind, place, stream=stream)
         if groups.glue is not None:
             bare = replace(model, fit=without_glue(model.fit))
             yield (
@@ -113,7 +116,3 @@ def _members(
             model.checkpoint, model.fit, adapter=model.adapter, device=device, dtype=dtype, stream=stream
         ),
     )  # fmt: skip
-
-
-def _loading(load: Callable[[int], Decoder], number: int) -> Callable[[], Decoder]:
-    return lambda: load(number)

@@ -205,11 +205,22 @@ NestedOnly = Annotated[
     _option(_PREFIX, "--nested-only", "embeddings: every prefix predicts the next token, as a head cut there.", "NAME"),
 ]
 Prefixes = Annotated[
-    str | None, _option(_PREFIX, "--prefixes", "Their lengths. Default: 1/8, 1/4, 1/2 of the width.", "M,M,...")
+    str | None,
+    _option(
+        _PREFIX,
+        "--prefixes",
+        "Their lengths. Default: the file's, those trained before, or 1/8, 1/4, 1/2 of the width.",
+        "M,M,...",
+    ),
 ]
 Clusters = Annotated[
     str | None,
-    _option(_PREFIX, "--clusters", "Categories to find, for all prefixes or each. Default: by silhouette.", "N,N,..."),
+    _option(
+        _PREFIX,
+        "--clusters",
+        "Categories to find, for all prefixes or each. Default: m/2 to m at a prefix of m, by silhouette.",
+        "N,N,...",
+    ),
 ]
 PrefixWeight = Annotated[float, _option(_PREFIX, "--prefix-weight", "Of each prefix in the loss.", "X")]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -14,39 +13,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from tlt_cli.checkpoint.reader import open_checkpoint
-from tlt_cli.checkpoint.record import source_name
-from tlt_cli.cli.console import Output, Table
+from tlt_cli.cli.console import Output
 from tlt_cli.cli.execute import Outcome
 from tlt_cli.cli.opening import parse_device
+from tlt_cli.cli.training_aim import Aim, aim_of, step_cost
 from tlt_cli.cli.training_evaluation import evaluate
-from tlt_cli.cli.training_levels import (
-    inner_flops,
-    level_losses,
-    level_objective,
-    level_rows,
-    level_sizes,
-    with_levels,
-)
-from tlt_cli.cli.training_log import REGULARIZING, Journal, journal
+from tlt_cli.cli.training_levels import level_losses, level_objective, with_levels
+from tlt_cli.cli.training_log import Journal, journal
 from tlt_cli.cli.training_output import derived_output, write_adapter, write_model
-from tlt_cli.cli.training_prefixes import hierarchy_of, prefix_config, prefix_numbers
+from tlt_cli.cli.training_prefixes import prefix_numbers
+from tlt_cli.cli.training_report import changes, closing_table, report_of
 from tlt_cli.cli.training_request import Request
 from tlt_cli.cli.training_runs import check_run, forget
-from tlt_cli.cli.training_start import Subject, Texts, read_texts, start, stream_info, teacher
+from tlt_cli.cli.training_start import Subject, Texts, read_texts, start, stream_info
 from tlt_cli.errors import TltError, UsageError, nearest
-from tlt_cli.model.decoder import Decoder
+from tlt_cli.model.nested import PREFIXES
 from tlt_cli.model.sites import block_prefixes
 from tlt_cli.model.tree import Tree
 from tlt_cli.model.tree_start import aim
 from tlt_cli.training.ahead import Ahead
-from tlt_cli.training.flops import peak_flops, training_flops
-from tlt_cli.training.hierarchy import Hierarchy
+from tlt_cli.training.flops import peak_flops
 from tlt_cli.training.loop import Run, take_step
-from tlt_cli.training.objective import Objective, distillation, next_token
+from tlt_cli.training.objective import Objective
 from tlt_cli.training.optimizers import optimizers
 from tlt_cli.training.recipe import Recipe
-from tlt_cli.training.regularize import Regularizer, check_target_rank, regularize, spectra, targets
+from tlt_cli.training.regularize import spectra, targets
 from tlt_cli.training.state import check_same, latest, load_state, read_extra, reserved, save_state
 from tlt_cli.training.windows import Windows
 from tlt_cli.training.world import World, replicate, shard, start_world
@@ -98,19 +89,23 @@ class _Training:
         decoder, world = self.subject.decoder, self.world
         if self.recipe.batch < world.size:
             raise UsageError(f"--batch-size {self.recipe.batch} is less than the {world.size} processes that share it")
-        hierarchy, recorded = self._hierarchy
         trained, sharded = self._trained()
         inside = {name for name in trained if name.startswith(tuple(block_prefixes(decoder)))}
         counted = {name: parameter.numel() for name, parameter in trained.items()}
-        report, after = self._report(counted), self._after()
+        hierarchy, recorded = self._aim.hierarchy, self._aim.recorded
+        report = report_of(
+            self.request, self.subject, self.texts, self.recipe, self.output, counted=counted, recorded=recorded
+        )  # fmt: skip
         if self.request.dry_run:
-            return Outcome({**report, "dry_run": True}, _table(report))
-        objective, learned_from = self._objective()
+            return Outcome({**report, "dry_run": True}, closing_table(report))
+        one, learned_from = self._aim.one()
+        cost = step_cost(self.request, self.subject, self.recipe, counted, learned_from)
         run = Run(
             decoder=decoder, trained=trained, windows=self._windows(), recipe=self.recipe,
-            optimizers=optimizers(trained, self.recipe, blocks=inside, vectors=decoder.vectors), objective=objective,
+            optimizers=optimizers(trained, self.recipe, blocks=inside, vectors=decoder.vectors),
+            objective=self._of_all_levels(one),
             adapter=self.subject.adapter, world=world, sharded=sharded, micro=self.request.micro_batch,
-            autocast=None if sharded else self._precision(), after=after,
+            autocast=None if sharded else self._precision(), after=self._aim.after,
         )  # fmt: skip
         with world.ranks.together():
             if world.rank == 0 and not self.request.resume:
@@ -123,27 +118,33 @@ class _Training:
             replicate(trained.values(), world)
         if run.adapter is not None and first:  # where nothing but writing is left, no step does it
             run.adapter.advance(first - 1, self.recipe.steps)
-        evaluation, seconds = self._steps(run, first, self._cost(counted, learned_from))
+        evaluation, seconds = self._steps(run, first, cost, taught=None if learned_from is None else one)
         report.update(evaluation=evaluation, seconds=seconds, resumed_at=first)
-        details: dict[str, Any] = {key: report[key] for key in ("recipe", "data", "trained", "evaluation")}
+        details = {**{key: report[key] for key in ("recipe", "data", "trained", "evaluation")}, **recorded}
         written = write_adapter if self.subject.adapter is not None else write_model
-        details.update({"hierarchy": recorded} if recorded else {})
-        details.update({"teacher": self._teacher} if self._teacher else {})
-        config = {} if hierarchy is None else prefix_config(hierarchy)
+        config = {} if hierarchy is None else {PREFIXES: list(hierarchy.prefixes)}
         subject = replace(self.subject, config={**self.subject.config, **config})
         written(
-            self.request, subject, trained, self.output, details=details, world=world, changes=_changes(report),
+            self.request, subject, trained, self.output, details=details, world=world, changes=changes(report),
             force=self.request.force or first == self.recipe.steps, out=self.out,
         )  # fmt: skip
         with world.ranks.together():
             if world.rank == 0:
                 forget(self.states)
-        return Outcome(report, _table(report))
+        return Outcome(report, closing_table(report))
 
     @cached_property
-    def _hierarchy(self) -> tuple[Hierarchy | None, dict[str, Any]]:
-        """What prefixes of the stream learn, and what is recorded of it."""
-        return hierarchy_of(self.request, self.subject, self.texts, out=self.out)
+    def _aim(self) -> Aim:
+        return aim_of(
+            self.request, self.subject, self.texts, steps=self.recipe.steps, world=self.world, out=self.out
+        )  # fmt: skip
+
+    def _of_all_levels(self, objective: Objective) -> Objective:
+        """What is minimized of the whole and of the models inside, `objective` being that of one model."""
+        inner, streams = self.subject.inner, len(self.texts.windows.streams)
+        if not inner:
+            return objective
+        return level_objective(self.request, inner, objective, recipe=self.recipe, streams=streams)
 
     # --- what moves ------------------------------------------------------------------------------------------
 
@@ -178,54 +179,6 @@ class _Training:
         """The dtype of matrix products where it is not the weights' own: bfloat16 on accelerators."""
         return torch.bfloat16 if self.world.device.type == "cuda" and self.request.precision != "float32" else None
 
-    def _objective(self) -> tuple[Objective, Decoder | None]:
-        """What is minimized, and the model that is learned from, if any."""
-        objective, model = self._of_each_level()
-        if self.subject.inner:
-            streams = len(self.texts.windows.streams)
-            objective = level_objective(
-                self.request, self.subject.inner, objective, recipe=self.recipe, streams=streams
-            )  # fmt: skip
-        return objective, model
-
-    def _of_each_level(self) -> tuple[Objective, Decoder | None]:
-        hierarchy, _ = self._hierarchy
-        if hierarchy is not None:
-            return hierarchy.objective, None
-        if self.request.distill is None:
-            return next_token, None
-        model = teacher(
-            self.request, self.subject, context=self.texts.context, device=self.world.device, out=self.out
-        )  # fmt: skip
-        return distillation(model, share=self.request.distill_share), model
-
-    def _after(self) -> Callable[[int, float], Mapping[str, float]] | None:
-        (hierarchy, _), regularizing = self._hierarchy, self._regularizing()
-        if hierarchy is None:
-            return regularizing
-
-        def after(step: int, rate: float) -> Mapping[str, float]:
-            numbers = {} if regularizing is None else regularizing(step, rate)
-            hierarchy.after(self.subject.decoder, step, self.recipe.steps, self.world)
-            return numbers
-
-        return after
-
-    def _regularizing(self) -> Callable[[int, float], Mapping[str, float]] | None:
-        request = self.request
-        if request.regularizer is None:
-            return None
-        chosen = Regularizer(request.regularizer, request.strength, request.target_rank, request.regularize_every)
-        matrices = targets(self.subject.decoder, only=request.regularize_only)
-        check_target_rank(matrices, chosen)
-
-        def after(step: int, rate: float) -> Mapping[str, float]:
-            began = time.perf_counter()
-            numbers = regularize(matrices, chosen, rate=rate, step=step)
-            return {**numbers, REGULARIZING: time.perf_counter() - began}
-
-        return after
-
     # --- the steps -------------------------------------------------------------------------------------------
 
     def _same(self) -> dict[str, Any]:
@@ -235,17 +188,8 @@ class _Training:
             **recipe,
             "data": [stream_info(stream) for stream in self.texts.windows.streams],
             "model": self.subject.digests,
-            **({"hierarchy": self._hierarchy[1]} if self._hierarchy[1] else {}),
-            **({"teacher": self._teacher} if self._teacher else {}),
+            **self._aim.recorded,
         }
-
-    @cached_property
-    def _teacher(self) -> dict[str, str]:
-        """Which model is learned from, apart from where it lies; empty where none is."""
-        if self.request.distill is None:
-            return {}
-        checkpoint = open_checkpoint(self.request.distill, values=False)
-        return {"source": source_name(checkpoint), "sha256": checkpoint.digest()}
 
     def _resumed(self, run: Run) -> int:
         """The step to go on from; with --resume the weights and optimizers are then those of the last state."""
@@ -256,34 +200,22 @@ class _Training:
             return 0
         check_same(read_extra(last), self._same(), last)
         extra = load_state(last, run.trained, run.optimizers, world=self.world)
-        step, (hierarchy, _) = int(extra["step"]), self._hierarchy
-        if hierarchy is not None:
-            hierarchy.restore(extra["found"])
+        step = int(extra["step"])
+        if self._aim.hierarchy is not None:
+            self._aim.hierarchy.restore(extra["found"])
         self.out.note(f"resuming at step {step:,} of {self.recipe.steps:,} from {last}")
         return step
 
     def _save(self, run: Run, step: int) -> None:
         extra = {"recipe": self._same(), "done": step == self.recipe.steps}
-        hierarchy, _ = self._hierarchy
-        if hierarchy is not None:
-            extra["found"] = hierarchy.data()
+        if self._aim.hierarchy is not None:
+            extra["found"] = self._aim.hierarchy.data()
         save_state(self.states, step, run.trained, run.optimizers, extra, world=self.world)
 
-    def _cost(self, counted: Mapping[str, int], learned_from: Decoder | None) -> int:
-        """Operations of one step, a teacher's way there included."""
-        tokens, context = self.recipe.tokens, self.recipe.context
-        adapted = sum(counted.values()) if self.subject.adapter is not None else 0
-        moving = () if adapted else counted
-        cost = training_flops(self.subject.decoder, tokens, context=context, trained=moving, adapter=adapted)
-        inner, sampled = self.subject.inner, self.request.nested_sample
-        if inner:
-            cost += inner_flops(inner, tokens, context=context, trained=moving, sampled=sampled)
-        if learned_from is not None:  # each level asks it
-            asked = 1 + (min(1, len(inner)) if sampled else len(inner))
-            cost += asked * training_flops(learned_from, tokens, context=context, trained=())
-        return cost
-
-    def _steps(self, run: Run, first: int, cost: int) -> tuple[dict[str, Any], float]:
+    def _steps(
+        self, run: Run, first: int, cost: int, *, taught: Objective | None
+    ) -> tuple[dict[str, Any], float]:  # fmt: skip
+        """The steps from the first on, and what is found on the way. Returns the last evaluation, and seconds."""
         steps, request = self.recipe.steps, self.request
         evaluating, saving = request.every(request.eval_every, steps), request.every(request.save_every, steps)
         peak, origin = peak_flops(self.world.device)
@@ -295,14 +227,14 @@ class _Training:
             leads=self.world.rank == 0, boards=request.tensorboard,
         ) as log:  # fmt: skip
             if first == 0 or first == steps:
-                evaluation = self._evaluated(run, log, first)
+                evaluation = self._evaluated(run, log, first, taught)
             for step in range(first, steps):
                 start = time.perf_counter()
                 done = take_step(run, step)
                 log.step(done, time.perf_counter() - start)
                 last = step + 1 == steps
                 if last or (step + 1) % evaluating == 0:
-                    evaluation = self._evaluated(run, log, step + 1)
+                    evaluation = self._evaluated(run, log, step + 1, taught)
                 if saving and (last or (step + 1) % saving == 0):
                     self._save(run, step + 1)
         return evaluation, time.perf_counter() - began
@@ -317,55 +249,23 @@ class _Training:
             self.subject.decoder.compile()
             yield
 
-    def _evaluated(self, run: Run, log: Journal, step: int) -> dict[str, Any]:
-        taught = None if self.request.distill is None or self.subject.inner else run.objective
+    def _evaluated(self, run: Run, log: Journal, step: int, taught: Objective | None) -> dict[str, Any]:
+        decoder, world, hierarchy = run.decoder, self.world, self._aim.hierarchy
         try:
             numbers = evaluate(
-                run.decoder, self.subject.adapter, self.texts, world=self.world, split=run.sharded, taught=taught
+                decoder, self.subject.adapter, self.texts, world=world, split=run.sharded, taught=taught
             )  # fmt: skip
+            if self.subject.inner and numbers:
+                numbers.update(level_losses(self.subject.inner, self.texts, world))
+            if self.request.regularizer is not None:
+                numbers.update(spectra(targets(decoder, only=self.request.regularize_only)))
+            if hierarchy is not None:
+                numbers.update(prefix_numbers(hierarchy, decoder, self.texts, world=world, split=run.sharded))
         except TltError as error:
             if step == 0:
                 raise
             rate = f"{self.recipe.learning_rate:g}"
             raise TltError(f"after {step} steps: {error}; train at a lower rate than {rate}") from error
-        if self.subject.inner and numbers:
-            numbers.update(level_losses(self.subject.inner, self.texts, self.world))
-        if self.request.regularizer is not None:
-            numbers.update(spectra(targets(self.subject.decoder, only=self.request.regularize_only)))
-        hierarchy, _ = self._hierarchy
-        if hierarchy is not None:
-            numbers.update(prefix_numbers(hierarchy, self.subject.decoder, self.texts))
         if numbers:
             log.evaluation(step, numbers)
         return numbers
-
-    # --- what is said of it ----------------------------------------------------------------------------------
-
-    def _report(self, counted: Mapping[str, int]) -> dict[str, Any]:
-        whole = sum(parameter.numel() for parameter in self.subject.decoder.parameters())
-        return {
-            "operation": "train", "command": self.request.command(self.subject.name), "path": str(self.output),
-            "source": self.request.source, "recipe": self.recipe.data(),
-            "tokens": self.recipe.steps * self.recipe.tokens, "data": self.texts.info, "parameters": whole,
-            "trained": {"tensors": len(counted), "parameters": sum(counted.values())},
-            **({"hierarchy": self._hierarchy[1]} if self._hierarchy[1] else {}),
-            **({"levels": level_sizes(self.subject.inner)} if self.subject.inner else {}),
-        }  # fmt: skip
-
-
-def _changes(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    return [("steps", "", f"{report['recipe']['steps']:,}"), ("tokens", "", f"{report['tokens']:,}")]
-
-
-def _table(report: Mapping[str, Any]) -> Table:
-    rows: list[Sequence[Any]] = [
-        ("steps", report["recipe"]["steps"]), ("tokens", report["tokens"]), ("parameters", report["parameters"]),
-        ("of them, or beside them, trained", report["trained"]["parameters"]),
-    ]  # fmt: skip
-    rows += level_rows(report)
-    for name, value in report.get("evaluation", {}).items():
-        if name != "models":
-            rows.append((name.replace("_", " "), value if isinstance(value, int | float) else str(value)))
-    if "seconds" in report:
-        rows.append(("seconds", round(report["seconds"], 1)))
-    return Table(("", "value"), rows)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +15,9 @@ from tlt_cli.errors import TltError
 from tlt_cli.model.decoder import Decoder
 from tlt_cli.model.perplexity import summed_loss
 from tlt_cli.model.tree import Tree
-from tlt_cli.training.objective import LOGIT_BYTES, Objective
+from tlt_cli.training.objective import KL, LOGIT_BYTES, Objective
 from tlt_cli.training.windows import Batch
 from tlt_cli.training.world import ALONE, World, summed
-
-KL = "kl"
 
 
 @torch.no_grad()
@@ -35,7 +33,7 @@ def evaluate(
     if not texts.held:
         return {}
     if not isinstance(adapter, Tree):
-        return {**_losses(decoder, texts, world, split), **_divergence(decoder, texts, world, split, taught)}
+        return {**_losses(decoder, texts, world, split), **_divergence(taught, decoder, texts, world, split)}
     adapter.eval()
     soft = _losses(decoder, texts, world, split)
     adapter.report()
@@ -44,7 +42,7 @@ def evaluate(
     if world.size > 1:
         torch.distributed.all_reduce(adapter.tally)
     served = adapter.report()
-    numbers = {**hard, **_divergence(decoder, texts, world, split, taught)}
+    numbers = {**hard, **_divergence(taught, decoder, texts, world, split)}
     adapter.report()
     adapter.hard = False
     adapter.train()
@@ -64,29 +62,41 @@ def stream_losses(
     decoder: Decoder, texts: Texts, *, world: World = ALONE, split: bool = False
 ) -> list[tuple[float, int]]:
     """Of each held-out stream nats per token, and how many tokens that is the mean of; the rest as for `evaluate`."""
-    totals = _totals(partial(summed_loss, decoder), decoder, texts, world, split)
-    return [(total / tokens, tokens) for total, tokens in zip(totals, _tokens(texts), strict=True)]
+    totals = _totals(lambda rows: [summed_loss(decoder, rows)], 1, decoder, texts, world, split)
+    return [(total / tokens, tokens) for (total,), tokens in zip(totals, _tokens(texts), strict=True)]
 
 
 def _divergence(
-    decoder: Decoder, texts: Texts, world: World, split: bool, taught: Objective | None
+    taught: Objective | None, decoder: Decoder, texts: Texts, world: World, split: bool
 ) -> dict[str, float]:  # fmt: skip
-    if taught is None:
+    return {} if taught is None else mean_numbers(taught, [KL], decoder, texts, world=world, split=split)
+
+
+@torch.no_grad()
+def mean_numbers(
+    objective: Objective, names: Sequence[str], decoder: Decoder, texts: Texts, *, world: World = ALONE,
+    split: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """Of an objective's `Loss.numbers` those of these names, means per held-out token; the rest as for `evaluate`."""
+    if not texts.held:
         return {}
 
-    def divergence(rows: Tensor) -> float:
+    def measure(rows: Tensor) -> list[float]:
         none = torch.zeros(len(rows), dtype=torch.long)
-        return float(taught(decoder, Batch(rows.to(decoder.device), None, none, none)).numbers[KL])
+        numbers = objective(decoder, Batch(rows.to(decoder.device), None, none, none)).numbers
+        return [float(numbers[name]) for name in names]
 
-    return {KL: sum(_totals(divergence, decoder, texts, world, split)) / sum(_tokens(texts))}
+    streams = _totals(measure, len(names), decoder, texts, world, split)
+    totals, tokens = map(sum, zip(*streams, strict=True)), sum(_tokens(texts))
+    return {name: total / tokens for name, total in zip(names, totals, strict=True)}
 
 
 def _totals(
-    measure: Callable[[Tensor], float], decoder: Decoder, texts: Texts, world: World, split: bool
-) -> list[float]:  # fmt: skip
-    """Of each held-out stream the sum of what `measure` finds of some of its windows at a time.
+    measure: Callable[[Tensor], Sequence[float]], count: int, decoder: Decoder, texts: Texts, world: World, split: bool
+) -> list[list[float]]:
+    """Of each held-out stream the sums of the `count` numbers that `measure` finds of some of its windows at a time.
 
-    The windows that are measured together are the same ones however many ranks there are, and so is their sum.
+    The windows that are measured together are the same ones however many ranks there are, and so are their sums.
     """
     most = LOGIT_BYTES // (4 * int(decoder.description["vocab"]) * texts.context)  # windows whose logits are bearable
     pieces = [
@@ -94,18 +104,21 @@ def _totals(
         for stream, (_, held) in enumerate(texts.held)
         for rows in torch.split(held, max(1, min(8, most)))
     ]  # fmt: skip
-    own = torch.zeros(len(pieces), dtype=torch.float64, device=world.device)
+    own: list[Sequence[float]] = [[0.0] * count] * len(pieces)
     for first in range(0, len(pieces), world.size):
         mine = first + world.rank
         if mine < len(pieces):
             own[mine] = measure(pieces[mine][1])
         elif split:  # every rank gathers weights as often as any other: once more, for nothing
             measure(pieces[first][1])
-    found = summed(world, *own)
-    totals = [math.fsum(v for v, (of, _) in zip(found, pieces, strict=True) if of == n) for n in range(len(texts.held))]
-    for total, (name, _) in zip(totals, texts.held, strict=True):
-        if not math.isfinite(total):
-            raise TltError(f"the loss on what is held out of {name} is {total}: the weights are broken")
+    found = summed(world, *itertools.chain.from_iterable(own))
+    totals = []
+    for stream, (name, _) in enumerate(texts.held):
+        of_it = [found[at * count : (at + 1) * count] for at, (of, _) in enumerate(pieces) if of == stream]
+        totals.append([math.fsum(values) for values in zip(*of_it, strict=True)])
+        for total in totals[-1]:
+            if not math.isfinite(total):
+                raise TltError(f"the loss on what is held out of {name} is {total}: the weights are broken")
     return totals
 
 

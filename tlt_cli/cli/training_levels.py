@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -16,10 +16,10 @@ from tlt_cli.cli.training_request import Request
 from tlt_cli.cli.training_start import Subject, Texts
 from tlt_cli.errors import TltError, UsageError
 from tlt_cli.families import Fit
-from tlt_cli.model.nested import FRACTAL, NESTED, shrunk, sizes_of, stated
+from tlt_cli.model.nested import FRACTAL, NESTED, shrunk, sizes_of, stated, without_levels
 from tlt_cli.training.flops import training_flops
-from tlt_cli.training.fractal import check_splits, fractal, seen
-from tlt_cli.training.nested import Drawn, Inner, inner_models, level_name, nested, shares
+from tlt_cli.training.fractal import check_splits, seen
+from tlt_cli.training.nested import Drawn, Inner, inner_models, level_name, of_levels, shares
 from tlt_cli.training.objective import Objective
 from tlt_cli.training.recipe import Recipe
 from tlt_cli.training.world import World
@@ -36,18 +36,20 @@ def with_levels(request: Request, subject: Subject, *, out: Output) -> Subject:
     asked = _asked(request, subject.fitted)
     known = {key: subject.config[key] for key in (NESTED, FRACTAL) if subject.config.get(key) is not None}
     if subject.adapter is not None or (asked is None and not known):
+        _check_said(request, ())
         return subject
     if asked != {} and (request.hierarchy or request.nested_only):
         option = "hierarchy" if request.hierarchy else "nested-only"
         raise UsageError(f"--{option} orders one model's embedding; train it without models inside: --nested none")
-    kept = {key: value for key, value in subject.config.items() if key not in (NESTED, FRACTAL)}
-    fitted = replace(subject.fitted, config={**kept, **(known if asked is None else asked)})
+    config = {**without_levels(subject.config), **(known if asked is None else asked)}
+    fitted = replace(subject.fitted, config=config)
     try:
         inner = inner_models(subject.decoder, fitted)
     except TltError as error:
         if asked is None:
             raise TltError(f"{subject.name} says it has models inside, but {error}; or say --nested none") from error
         raise
+    _check_said(request, inner)
     shares(1 + len(inner), level_weights(request))
     if inner and request.compile:
         out.note("--compile: the whole is compiled; the models inside run as they are")
@@ -66,6 +68,9 @@ def _asked(request: Request, fit: Fit) -> dict[str, Any] | None:
     if request.nested is None:
         return None
     if request.nested == NO_LEVELS:
+        for option, given in (("--nested-layers", request.nested_layers), ("--nested-heads", request.nested_heads)):
+            if given is not None:
+                raise UsageError(f"{option} says nothing with --nested none; drop it")
         return {}
     own = sizes_of(fit)
     widths = _numbers("--nested", request.nested)
@@ -81,6 +86,18 @@ def _asked(request: Request, fit: Fit) -> dict[str, Any] | None:
             raise UsageError(f"--nested {width} is the whole model, which is always trained; drop it")
         found.append(sizes)
     return {NESTED: stated(found)}
+
+
+def _check_said(request: Request, inner: Sequence[Sequence[Inner]]) -> None:
+    """UsageError for options that say something of levels where none of the kind is trained."""
+    for option, given in (
+        ("--level-weights", request.level_weights is not None),
+        ("--nested-sample", request.nested_sample),
+    ):
+        if given and not inner:
+            raise UsageError(f"{option} says nothing where no models inside are trained; drop it, or see --nested")
+    if request.nested_sample and any(len(level) > 1 for level in inner):
+        raise UsageError("--nested-sample says nothing of models side by side, which share the batch; drop it")
 
 
 def _numbers(option: str, text: str) -> list[str]:
@@ -143,10 +160,8 @@ def level_objective(
     """The objective of all levels, each learning what `objective` says."""
     weights = shares(len(inner) + 1, level_weights(request))
     models = [[each.decoder for each in level] for level in inner]
-    if any(len(level) > 1 for level in models):
-        return fractal(models, weights, streams=streams, objective=objective)
     drawn = Drawn(recipe.batch, recipe.seed) if request.nested_sample else None
-    return nested([model for (model,) in models], weights, objective=objective, drawn=drawn)
+    return of_levels(models, weights, streams=streams, objective=objective, drawn=drawn)
 
 
 def inner_flops(
@@ -160,15 +175,7 @@ def inner_flops(
     return cost // len(inner) if sampled else cost
 
 
-# --- what is said of them --------------------------------------------------------------------------------------
-
-
-def level_sizes(inner: Sequence[Sequence[Inner]]) -> list[dict[str, Any]]:
-    """Level by level: how many models, of which sizes."""
-    return [
-        {"level": number, "models": len(level), **sizes_of(level[0].child.fit), "parameters": level[0].parameters}
-        for number, level in enumerate(inner, start=1)
-    ]
+# --- what they are worth ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -186,7 +193,7 @@ def level_losses(inner: Sequence[Sequence[Inner]], texts: Texts, world: World) -
         for each in level:
             found = stream_losses(each.decoder, texts, world=world)
             own = seen(each.level.block, each.level.blocks, streams)
-            if len(found) != streams or sum(own) == 0:  # measured on other texts
+            if len(found) != streams:  # measured on other texts
                 own = [1 / len(level)] * len(found)
             for share, (nll, tokens) in zip(own, found, strict=True):
                 summed, counted = summed + share * nll * tokens, counted + share * tokens
@@ -196,20 +203,3 @@ def level_losses(inner: Sequence[Sequence[Inner]], texts: Texts, world: World) -
             models.append({"model": each.level.name, "loss": mean, "streams": by_stream})
         numbers[level_name(number)] = summed / counted
     return {**numbers, "models": models}
-
-
-def level_rows(report: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The rows of the closing table: each level's sizes, and of several models the loss of each on each stream."""
-    rows: list[tuple[str, Any]] = []
-    for level in report.get("levels", ()):
-        several = "" if level["models"] == 1 else f"{level['models']} of "
-        heads = f"heads {level['heads']}/{level['kv_heads']} of {level['head_dim']}"
-        sizes = f"{several}dim {level['dim']}, ffn {level['ffn']}, {heads}, {level['layers']} deep"
-        rows.append((f"level {level['level']}", sizes))
-        rows.append((f"level {level['level']}, parameters{' of each' if several else ''}", level["parameters"]))
-    models = report.get("evaluation", {}).get("models", ())
-    if len(models) > len(report.get("levels", ())) or any(len(model["streams"]) > 1 for model in models):
-        for model in models:
-            found = "  ".join(f"{name} {nll:.4f}" for name, nll in model["streams"].items())
-            rows.append((f"loss of {model['model']}", found))
-    return rows

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from tlt_cli.cli.console import Meter, Output
-from tlt_cli.cli.training_evaluation import KL
 from tlt_cli.errors import TltError
 from tlt_cli.training.loop import Done
+from tlt_cli.training.objective import KL
 
 REGULARIZING = "regularizer_seconds"
 _SPOKEN_EVERY = 30.0  # seconds between status lines where no bar can be drawn

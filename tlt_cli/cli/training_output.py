@@ -50,6 +50,7 @@ def write_model(
     files = dict(subject.files)
     if subject.source is not None:
         files |= table_files(subject.source, request.family, output, out)
+    execute.put_code(files, config, output, out)
     save(
         tensors, output, config=config, command=request.command(subject.name), source=subject.source, details=details,
         dtypes=dtypes, files={} if is_single_file(output) else files, changes=changes, force=force, world=world,

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from tlt_cli.cli.console import Output
+from tlt_cli.cli.training_evaluation import mean_numbers
 from tlt_cli.cli.training_request import Request
 from tlt_cli.cli.training_start import Subject, Texts
 from tlt_cli.errors import UsageError
 from tlt_cli.model.decoder import Decoder
 from tlt_cli.training.categories import Categories, read_categories
-from tlt_cli.training.hierarchy import EMBEDDINGS, EMERGENT, IMPOSED, MOST_TOKENS, Hierarchy, token_frequencies
-from tlt_cli.training.objective import LOGIT_BYTES, scored
-from tlt_cli.training.prefixes import KEY, head_role, parsed_prefixes, stated_prefixes, usual_prefixes
-from tlt_cli.training.windows import Batch
+from tlt_cli.training.hierarchy import (
+    EMBEDDINGS,
+    EMERGENT,
+    IMPOSED,
+    MOST_TOKENS,
+    Hierarchy,
+    loss_name,
+    token_frequencies,
+)
+from tlt_cli.training.prefixes import head_role, parsed_prefixes, stated_prefixes, usual_prefixes
+from tlt_cli.training.world import ALONE, World
 
 
 def hierarchy_of(
@@ -28,9 +34,7 @@ def hierarchy_of(
     if request.hierarchy is None and request.nested_only is None:
         return None, {}
     decoder = subject.decoder
-    if subject.adapter is not None:
-        raise UsageError("prefixes are those of the model's own embedding, which stands still beside an adapter")
-    assert not subject.inner, "refused with the levels"
+    assert subject.adapter is None and not subject.inner, "refused with the request, and with the levels"
     if decoder.description.get("groups") is not None:
         raise UsageError("prefixes are those of one model, and this is several side by side; leave them out")
     role, width, vocab = head_role(decoder), subject.fitted.sizes["hidden"], subject.fitted.sizes["vocab"]
@@ -54,6 +58,7 @@ def hierarchy_of(
         kind=kind, prefixes=prefixes, frequencies=token_frequencies(texts.windows.streams, vocab),
         device=decoder.device, given=given, counts=counts, weight=request.prefix_weight,
     )  # fmt: skip
+    _check_counts(hierarchy)
     for note in _notes(hierarchy, role, vocab):
         out.note(note)
     info.update(prefixes=list(prefixes), weight=request.prefix_weight)
@@ -76,6 +81,15 @@ def _counts(text: str | None, prefixes: tuple[int, ...]) -> dict[int, int]:
     return dict(zip(prefixes, map(int, parts * (len(prefixes) if len(parts) == 1 else 1)), strict=True))
 
 
+def _check_counts(hierarchy: Hierarchy) -> None:
+    for prefix, count in hierarchy.counts.items():
+        if count > len(hierarchy.tokens):
+            raise UsageError(
+                f"--clusters: {count} at a prefix of {prefix}, but the text has {len(hierarchy.tokens)} different "
+                "tokens to cluster; name fewer"
+            )
+
+
 def _sizes(categories: Categories) -> dict[str, int]:
     found = np.bincount(categories.labels[categories.tokens], minlength=len(categories.names))
     return dict(zip(categories.names, found.tolist(), strict=True))
@@ -92,33 +106,18 @@ def _notes(hierarchy: Hierarchy, role: str, vocab: int) -> list[str]:
         if alone:
             notes.append(f"prefix {prefix}: {alone:,} of {vocab:,} tokens are in no category; each is one of its own")
     seen = int((hierarchy.frequencies > 0).sum())
-    if hierarchy.kind == EMERGENT:
-        if seen > MOST_TOKENS:
-            notes.append(f"categories are found among the {MOST_TOKENS:,} most frequent of the text's {seen:,} tokens")
-        for prefix, count in hierarchy.counts.items():
-            if count > len(hierarchy.tokens):
-                raise UsageError(
-                    f"--clusters: {count} at a prefix of {prefix}, but the text has {seen} different tokens"
-                )
+    if hierarchy.kind == EMERGENT and seen > MOST_TOKENS:
+        notes.append(f"categories are found among the {MOST_TOKENS:,} most frequent of the text's {seen:,} tokens")
     return notes
 
 
-def prefix_config(hierarchy: Hierarchy) -> dict[str, Any]:
-    """The keys of config.json that say what prefixes a model was trained with; other readers pass over them."""
-    return {KEY: list(hierarchy.prefixes), "hierarchy": hierarchy.kind}
+def prefix_numbers(
+    hierarchy: Hierarchy, decoder: Decoder, texts: Texts, *, world: World = ALONE, split: bool = False
+) -> dict[str, float]:
+    """How every prefix stands: what it loses on the text held out, per token, and how well it is ordered.
 
-
-@torch.no_grad()
-def prefix_numbers(hierarchy: Hierarchy, decoder: Decoder, texts: Texts) -> Mapping[str, float]:
-    """How every prefix stands: what it loses on the text held out, per token, and how well it is ordered."""
-    totals: dict[str, float] = {}
-    count = 0
-    for _, rows in texts.held:
-        some = max(1, min(8, LOGIT_BYTES // (4 * int(decoder.description["vocab"]) * rows.shape[1])))
-        for piece in torch.split(rows, some):
-            number = torch.zeros(len(piece), dtype=torch.int64)
-            batch = Batch(piece, None, number, number).to(decoder.device)
-            for name, value in hierarchy.objective(decoder, batch).numbers.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-            count += scored(batch)
-    return {**{name: total / count for name, total in totals.items()}, **hierarchy.scores(decoder)}
+    The ranks of `world` share the work, and each must call this; `split` says that they share the weights as well.
+    """
+    names = [loss_name(prefix) for prefix in hierarchy.prefixes]
+    found = mean_numbers(hierarchy.objective, names, decoder, texts, world=world, split=split)
+    return {**found, **hierarchy.scores(decoder)}

@@ -31,8 +31,7 @@ _BELONGS = {
     **dict.fromkeys(("strength", "target_rank", "regularize_every", "regularize_only"), ("regularizer",)),
     **dict.fromkeys(("prefixes", "prefix_weight"), ("hierarchy", "nested_only")), "clusters": ("hierarchy",),
     **dict.fromkeys(("base", "family", "axes"), ("source",)),
-    **dict.fromkeys(("nested_layers", "nested_heads", "nested_sample"), ("nested",)), "split": ("fractal",),
-    "level_weights": ("nested", "fractal"),
+    **dict.fromkeys(("nested_layers", "nested_heads"), ("nested",)), "split": ("fractal",),
 }  # fmt: skip
 
 
@@ -162,6 +161,8 @@ class Request:
         if self.nested is not None or self.fractal is not None:
             option = "fractal" if self.nested is None else "nested"
             raise UsageError(f"--{option} trains the model's own weights, which stand still beside an adapter")
+        if self.hierarchy is not None or self.nested_only is not None:
+            raise UsageError("prefixes are those of the model's own embedding, which stands still beside an adapter")
 
     def _check_prefixes(self) -> None:
         """UsageError for what prefixes cannot learn."""

@@ -48,12 +48,34 @@ def check_vocabularies(found: Sequence[tuple[Checkpoint, Fit]], *, out: Output, 
     embeddings that are filled up to different sizes behind the same tokens are no difference. `union` joins
     vocabularies that differ, where one tokenizer can stand for all.
     """
-    engines, names = [_engine(*one) for one in found], [source_name(checkpoint) for checkpoint, _ in found]
+    names = [source_name(checkpoint) for checkpoint, _ in found]
     if union:
-        return _union(found, engines, names)
-    (first, fitted), known, named = found[0], engines[0], names[0]
-    for (_, own), name, other in zip(found[1:], names[1:], engines[1:], strict=True):
-        sizes = fitted.sizes["vocab"], own.sizes["vocab"]
+        return _union(found, [_engine(*one) for one in found], names)
+    if not _same_file(found):
+        _compare(found, names, out)
+    each = [own.sizes["vocab"] for _, own in found]
+    rows = [None if size == max(each) else (*range(size), *(-1,) * (max(each) - size)) for size in each]
+    notes = [
+        f"{name} has {size:,} rows of embeddings of {max(each):,}, beyond its tokens; the mean of its rows fills it up"
+        for name, size in zip(names, each, strict=True)
+        if size < max(each)
+    ]
+    return Vocabulary(tuple(rows), tuple(notes))
+
+
+def _same_file(found: Sequence[tuple[Checkpoint, Fit]]) -> bool:
+    """Whether all have one and the same tokenizer.json: then there is nothing to compare in it."""
+    files = [next((path for path in one.companions if path.name == _TOKENIZER), None) for one, _ in found]
+    return None not in files and len({path.read_bytes() for path in files if path is not None}) == 1
+
+
+def _compare(found: Sequence[tuple[Checkpoint, Fit]], names: Sequence[str], out: Output) -> None:
+    """Raises TltError for the first token in which a model differs from the first that has a tokenizer; says what else
+    does."""
+    (first, fitted), named = found[0], names[0]
+    known = _ids_and_rules(first, fitted)
+    for (checkpoint, own), name in zip(found[1:], names[1:], strict=True):
+        sizes, other = (fitted.sizes["vocab"], own.sizes["vocab"]), _ids_and_rules(checkpoint, own)
         if sizes[0] != sizes[1] and (known is None or other is None):
             raise TltError(
                 f"{source_name(first)} has {sizes[0]:,} tokens and {name} {sizes[1]:,}: ids would not mean the same; "
@@ -65,19 +87,11 @@ def check_vocabularies(found: Sequence[tuple[Checkpoint, Fit]], *, out: Output, 
                 out.note(f"{lacking} has no tokenizer beside it: its tokens are taken to be those of the others")
             known, named = (other, name) if known is None else (known, named)
             continue
-        difference = first_difference(known.get_vocab(), other.get_vocab())
+        difference = first_difference(known[0], other[0])
         if difference is not None:
             raise TltError(f"{_differing(named, name, difference)}; merge models of one tokenizer, or --vocab union")
-        if _rules(known, _RULES) != _rules(other, _RULES):
+        if known[1] != other[1]:
             out.note(f"{name} has the tokens of {named} but other rules to find them; merged, the first's count")
-    each = [own.sizes["vocab"] for _, own in found]
-    rows = [None if size == max(each) else (*range(size), *(-1,) * (max(each) - size)) for size in each]
-    notes = [
-        f"{name} has {size:,} rows of embeddings of {max(each):,}, beyond its tokens; the mean of its rows fills it up"
-        for name, size in zip(names, each, strict=True)
-        if size < max(each)
-    ]
-    return Vocabulary(tuple(rows), tuple(notes))
 
 
 def _union(found: Sequence[tuple[Checkpoint, Fit]], engines: Sequence[Any], names: Sequence[str]) -> Vocabulary:
@@ -180,6 +194,10 @@ def _engine(checkpoint: Checkpoint, fitted: Fit) -> Any:
     return load_tokenizer(checkpoint.companions, fitted.sizes["vocab"]).engine
 
 
-def _rules(engine: Any, keys: Sequence[str]) -> dict[str, Any]:
+def _ids_and_rules(checkpoint: Checkpoint, fitted: Fit) -> tuple[dict[str, int], dict[str, Any]] | None:
+    """A tokenizer's ids by token, and how it finds tokens in text; None where there is no tokenizer."""
+    engine = _engine(checkpoint, fitted)
+    if engine is None:
+        return None
     said = json.loads(engine.to_str())
-    return {key: said.get(key) for key in keys}
+    return engine.get_vocab(), {key: said.get(key) for key in _RULES}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from tlt_cli.axes import Arrow, Dim, dim_size
 from tlt_cli.checkpoint.strict_json import shortened
@@ -31,30 +31,62 @@ BITS = 8  # of the codes that factors may be stored as
 
 
 @dataclass(frozen=True)
+class Stock:
+    """What config.json keeps of the stock model that an off-family checkpoint was made of, where it said them."""
+
+    architectures: tuple[str, ...] = ()
+    model_type: str | None = None
+    rope_scaling: Mapping[str, Any] | None = None
+
+    def data(self) -> dict[str, Any]:
+        """As config.json says it."""
+        # Not "model_type": transformers takes an object with that key for the whole config of such a model.
+        return {
+            **({"architectures": list(self.architectures)} if self.architectures else {}),
+            **({} if self.model_type is None else {"dense_model_type": self.model_type}),
+            **({ROPE_SCALING: dict(self.rope_scaling)} if self.rope_scaling else {}),
+        }
+
+
+def stock_of(config: Mapping[str, Any]) -> Stock:
+    """What there is to keep of a stock model's config.json."""
+    scaling = config.get(ROPE_SCALING)
+    kept = scaling if isinstance(scaling, dict) and scaling else None
+    return Stock(tuple(config.get("architectures") or ()), config.get("model_type"), kept)
+
+
+def read_stock(given: Mapping[str, Any], key: str) -> Stock:
+    """What config.json has kept under `key`, checked. Raises TltError naming what is wrong."""
+    names, model_type, scaling = given.get("architectures", []), given.get("dense_model_type"), given.get(ROPE_SCALING)
+    for where, value, holds, wanted in (
+        ("architectures", names, isinstance(names, list) and all(isinstance(name, str) for name in names),
+         "a list of names"),
+        ("dense_model_type", model_type, model_type is None or isinstance(model_type, str), "a name"),
+        (ROPE_SCALING, scaling, scaling is None or isinstance(scaling, dict), "an object"),
+    ):  # fmt: skip
+        if not holds:
+            raise TltError(f"config.json: {key}.{where} must be {wanted}, not {shortened(value)}")
+    return Stock(tuple(names), model_type, scaling)
+
+
+@dataclass(frozen=True)
 class LowRank:
     """Ranks by slot; whose right factor a slot shares; which entries of its rank are rows as they are (from, to); the
-    size of the feed-forward in layers where it is not the model's. `architectures` and `model_type` are those of the
-    dense model, where its config.json says them, and so is `rope_scaling`. With `bits` factors are codes and scales."""
+    size of the feed-forward in layers where it is not the model's; the dense model's `stock`. With `bits` factors are
+    codes and scales."""
 
     ranks: Mapping[str, int]
     shared: Mapping[str, str] = field(default_factory=dict)
     pivoted: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     ffn: Mapping[int, int] = field(default_factory=dict)
-    architectures: tuple[str, ...] = ()
-    model_type: str | None = None
-    rope_scaling: Mapping[str, Any] | None = None
+    stock: Stock = field(default_factory=Stock)
     bits: int | None = None
 
     def data(self) -> dict[str, Any]:
         """As config.json says it."""
-        named = {"architectures": list(self.architectures)} if self.architectures else {}
-        # Not "model_type": transformers takes an object with that key for the whole config of such a model.
-        typed = {} if self.model_type is None else {"dense_model_type": self.model_type}
         return {
             "version": VERSION,
-            **named,
-            **typed,
-            **({ROPE_SCALING: dict(self.rope_scaling)} if self.rope_scaling else {}),
+            **self.stock.data(),
             **({} if self.bits is None else {"bits": self.bits}),
             "ranks": dict(self.ranks),
             "shared": dict(self.shared),
@@ -112,45 +144,18 @@ def read_lowrank(config: Mapping[str, Any] | None) -> LowRank | None:
         if not layer.isascii() or not layer.isdigit() or str(int(layer)) != layer:
             raise TltError(f"config.json: {KEY}.ffn must have the numbers of layers as its keys, not {layer!r}")
         ffn[int(layer)] = whole(f"ffn.{layer}", size)
-    names = given.get("architectures", [])
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise TltError(f"config.json: {KEY}.architectures must be a list of names, not {shortened(names)}")
-    model_type = given.get("dense_model_type")
-    if model_type is not None and not isinstance(model_type, str):
-        raise TltError(f"config.json: {KEY}.dense_model_type must be a name, not {shortened(model_type)}")
-    scaling = given.get(ROPE_SCALING)
-    if scaling is not None and not isinstance(scaling, dict):
-        raise TltError(f"config.json: {KEY}.{ROPE_SCALING} must be an object, not {shortened(scaling)}")
+    stock = read_stock(given, KEY)
     bits = given.get("bits")
     if bits is not None and (isinstance(bits, bool) or bits != BITS):
         raise TltError(f"config.json: {KEY}.bits must be {BITS}, or not be there, not {shortened(bits)}")
-    return LowRank(ranks, dict(shared), pivoted, ffn, tuple(names), model_type, scaling, bits)
-
-
-class Stock(Protocol):
-    """What config.json keeps of the stock model that an off-family checkpoint was made of."""
-
-    @property
-    def architectures(self) -> tuple[str, ...]:
-        """Its architectures, as config.json has them."""
-        ...
-
-    @property
-    def model_type(self) -> str | None:
-        """Its model_type."""
-        ...
-
-    @property
-    def rope_scaling(self) -> Mapping[str, Any] | None:
-        """Its rope_scaling."""
-        ...
+    return LowRank(ranks, dict(shared), pivoted, ffn, stock, bits)
 
 
 def dense_config(config: Mapping[str, Any], stock: Stock) -> dict[str, Any]:
     """The config with the stock model's own architectures, model_type and rope_scaling, without factors, parts and
     code.
 
-    >>> dense_config({"model_type": "tlt", "vocab_size": 9, "lowrank": {}}, LowRank({}, model_type="llama"))
+    >>> dense_config({"model_type": "tlt", "vocab_size": 9, "lowrank": {}}, Stock(model_type="llama"))
     {'model_type': 'llama', 'vocab_size': 9}
     """
     own: dict[str, Any] = {"architectures": list(stock.architectures) or None}

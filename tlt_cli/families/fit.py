@@ -80,6 +80,11 @@ class Fit:
         return replace(self, config=config, sizes=sizes, places=places, dropped=(), notes=(), groups=None)
 
     @property
+    def parts(self) -> tuple[Fit, ...]:
+        """Each of the models that lie side by side, as if it were alone; of one model that one."""
+        return (self,) if self.groups is None else tuple(map(self.part, range(len(self.groups.parts))))
+
+    @property
     def kv_heads(self) -> int:
         """Number of key/value heads."""
         return self.sizes["kv"]
@@ -111,11 +116,11 @@ def fit(
     lowrank, groups = read_lowrank(config), read_groups(config)
     if lowrank is not None and groups is not None:
         raise TltError("config.json has both groups and lowrank; models that lie side by side are not factored")
-    stock, apart = lowrank or groups, dict[str, Place]()
-    if stock is None:
+    origin, apart = lowrank or groups, dict[str, Place]()
+    if origin is None:
         table, notes = choose(shapes, config, family)
     else:  # its own architecture is that of the code it ships; the table is the dense model's
-        dense = dense_config(config or {}, stock)
+        dense = dense_config(config or {}, origin.stock)
         config = {**(config or {}), **{key: dense[key] for key in dense if key == ROPE_SCALING}}
         table, notes = choose(shapes, dense, family)
     if lowrank is not None:
@@ -142,7 +147,8 @@ def fit(
     solved = Fit(
         table, dict(config), sizes, places, tuple(buffers), tied=False, notes=notes, lowrank=lowrank, groups=groups
     )  # fmt: skip
-    for one in [solved] if groups is None else [solved, *map(solved.part, range(len(groups.parts)))]:
+    parts = solved.parts
+    for one in (solved, *(parts if groups is not None else ())):
         check_config(table.rules, (*table.biases, _TIE), one.setting, layers=one.sizes["layer"])
     tied = bool(table.tied) and bool(solved.setting(_TIE))
     places, aliases = _tie(table, places, tied)
@@ -150,8 +156,8 @@ def fit(
     if lowrank is not None:
         check_ranks(sizes, table, lowrank)
     if groups is not None:
-        for number in range(len(groups.parts)):
-            check_sizes(sizes, solved.part(number).sizes, number)
+        for number, one in enumerate(parts):
+            check_sizes(sizes, one.sizes, number)
     _check_shapes(shapes, solved)
     _check_presence(solved)
     return solved

@@ -62,11 +62,9 @@ def modules(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value) and len({*value}) == len(value)
 
 
-def at_layer(sites: Iterable[str], layer: int | None) -> dict[str, str]:
-    """The sites by the names of their modules in a layer; where that is None the one outside of all layers."""
-    return {
-        site.replace("{layer}", str(layer)): site for site in sites if ("{layer}" in site) == (layer is not None)
-    }  # fmt: skip
+def at_layer(sites: Iterable[str], layer: int | None) -> list[str]:
+    """The names of the sites' modules in a layer; where that is None the one outside of all layers."""
+    return [site.replace("{layer}", str(layer)) for site in sites if ("{layer}" in site) == (layer is not None)]
 
 
 def glue_places(table: Family, glue: Glue | None, shapes: Shapes) -> dict[str, Place]:

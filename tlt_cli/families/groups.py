@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tlt_cli.checkpoint.strict_json import shortened
 from tlt_cli.errors import TltError, UsageError
-from tlt_cli.families.factors import ROPE_SCALING, dense_config
+from tlt_cli.families.factors import Stock, dense_config, read_stock
 from tlt_cli.families.family import Family
 from tlt_cli.families.glue import Glue, modules, read_glue
 
@@ -44,15 +44,13 @@ class Part:
 class Groups:
     """The parts in order, and the sizes of the axes that slices are stored at; None where config.json's own are.
 
-    `architectures`, `model_type` and `rope_scaling` are those of a stock model of one part's sizes. `glue` stands
-    between the parts, and the modules `dense` are one matrix across all of them, for glue was folded into them.
+    `stock` is what is kept of a stock model of one part's sizes. `glue` stands between the parts, and the modules
+    `dense` are one matrix across all of them, for glue was folded into them.
     """
 
     parts: tuple[Part, ...]
     sizes: Mapping[str, int] | None = None
-    architectures: tuple[str, ...] = ()
-    model_type: str | None = None
-    rope_scaling: Mapping[str, Any] | None = None
+    stock: Stock = field(default_factory=Stock)
     glue: Glue | None = None
     dense: tuple[str, ...] = ()
 
@@ -68,17 +66,12 @@ class Groups:
 
     def data(self) -> dict[str, Any]:
         """As config.json says it."""
-        named = {"architectures": list(self.architectures)} if self.architectures else {}
-        # Not "model_type": transformers takes an object with that key for the whole config of such a model.
-        typed = {} if self.model_type is None else {"dense_model_type": self.model_type}
         return {
             "version": VERSION,
             "count": len(self.parts),
             "weights": list(self.weights),
             **({} if self.sizes is None else {"sizes": dict(self.sizes)}),
-            **named,
-            **typed,
-            **({ROPE_SCALING: dict(self.rope_scaling)} if self.rope_scaling else {}),
+            **self.stock.data(),
             **({} if self.glue is None else {"glue": self.glue.data()}),
             **({"dense": list(self.dense)} if self.dense else {}),
             "parts": [
@@ -117,16 +110,13 @@ def read_groups(config: Mapping[str, Any] | None) -> Groups | None:
         _check(isinstance(own, dict), f"parts[{number}].config", "an object", own)
         _check(_names(lacks), f"parts[{number}].lacks", "a list of names", lacks)
         parts.append(Part(one["name"], one["sha256"], float(weight), own, tuple(lacks)))
-    sizes, names, model_type = given.get("sizes"), given.get("architectures", []), given.get("dense_model_type")
+    sizes = given.get("sizes")
     positive = isinstance(sizes, dict) and all(type(size) is int and size > 0 for size in sizes.values())
     _check(sizes is None or positive, "sizes", "an object of whole numbers", sizes)
-    _check(_names(names), "architectures", "a list of names", names)
-    _check(model_type is None or isinstance(model_type, str), "dense_model_type", "a name", model_type)
-    scaling = given.get(ROPE_SCALING)
-    _check(scaling is None or isinstance(scaling, dict), ROPE_SCALING, "an object", scaling)
+    stock = read_stock(given, KEY)
     glue, dense = read_glue(given.get("glue"), f"{KEY}.glue"), given.get("dense", [])
     _check(modules(dense), "dense", "a list of modules' names", dense)
-    return Groups(tuple(parts), sizes, tuple(names), model_type, scaling, glue, tuple(dense))
+    return Groups(tuple(parts), sizes, stock, glue, tuple(dense))
 
 
 def _check(holds: bool, where: str, wanted: str, found: Any) -> None:
@@ -146,7 +136,7 @@ def _number(value: Any) -> bool:
 def part_config(config: Mapping[str, Any], groups: Groups, number: int) -> dict[str, Any]:
     """The config.json of one part alone, from that of the checkpoint."""
     part = groups.parts[number]
-    whole = {**dense_config(config, groups), **part.config}
+    whole = {**dense_config(config, groups.stock), **part.config}
     return {key: value for key, value in whole.items() if key not in part.lacks}
 
 

@@ -107,3 +107,9 @@ def renamed(spot: Place, layer: int) -> str:
 def stored(places: Mapping[str, Place], role: str) -> bool:
     """Whether any tensor plays the role."""
     return any(role in spot.roles for spot in places.values())
+
+
+def named(places: Mapping[str, Place], role: str, kind: str = "weight", layer: int | None = None) -> str | None:
+    """The stored tensor that plays this role alone, in this layer; None where there is none."""
+    fitting = (spot for spot in places.values() if (spot.roles, spot.kind, spot.layer) == ((role,), kind, layer))
+    return next((spot.name for spot in fitting), None)

@@ -69,6 +69,12 @@ class Cut:
             found = found * torch.from_numpy(factors).to(found).reshape(shape)
         return found - self.offset if self.offset else found
 
+    def between(self, start: int, stop: int) -> Cut:
+        """The rows from `start` to `stop` of the result alone."""
+        rows = np.arange(start, stop) if self.kept[0] is None else self.kept[0][start:stop]
+        factors = {dim: by[start:stop] if dim == 0 else by for dim, by in self.factors.items()}
+        return replace(self, shape=(len(rows), *self.shape[1:]), kept=(rows, *self.kept[1:]), factors=factors)
+
     def __call__(self, tensors: Tensors) -> Iterator[Tensor]:
         """Consecutive blocks of the part's rows, with a few MB of the parent's in memory: as they are stored where
         entries only move, else in float32 or better."""
@@ -79,12 +85,15 @@ class Cut:
             return
         step = max(1, _BLOCK // self.row)
         for start in range(0, self.shape[0], step):
-            stop = min(self.shape[0], start + step)
-            rows = np.arange(start, stop) if self.kept[0] is None else self.kept[0][start:stop]
-            block = _read_rows(tensors, self.source, rows)
-            block = block if block.dtype == torch.float64 or not self.factors else block.float()
-            factors = {dim: by[start:stop] if dim == 0 else by for dim, by in self.factors.items()}
-            yield replace(self, kept=(None, *self.kept[1:]), factors=factors).of(block).contiguous()
+            yield self.between(start, min(self.shape[0], start + step)).read(tensors).contiguous()
+
+    def read(self, tensors: Tensors, dtype: torch.dtype | None = None) -> Tensor:
+        """The part's tensor [*shape] of the parent's rows that it needs, computed in `dtype`; without one as it is
+        stored where entries only move, else in float32 or better."""
+        rows = np.arange(self.shape[0]) if self.kept[0] is None else self.kept[0]
+        block = _read_rows(tensors, self.source, rows)
+        kind = dtype or (block.dtype if block.dtype == torch.float64 or not self.factors else torch.float32)
+        return replace(self, kept=(None, *self.kept[1:])).of(block.to(kind))
 
 
 def _read_rows(tensors: Tensors, name: str, rows: Index) -> Tensor:

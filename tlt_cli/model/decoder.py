@@ -1,6 +1,6 @@
 """One decoder for every family: what a block computes is data, the weights keep the checkpoint's own names.
 
-This file needs torch and nothing else. The shapes that the docstrings use: B sequences of T tokens, S keys seen so
+It needs torch and `step`, and nothing else. The shapes that the docstrings use: B sequences of T tokens, S keys seen so
 far (S = T without a cache), hidden entries H, heads of D entries, V words in the vocabulary.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -16,13 +15,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from tlt_cli.model.step import Cache, Step, frequencies, rotate
+
 Fetch = Callable[[str], Tensor]
 FetchRows = Callable[[str, Tensor], Tensor]
 
 HEAD_ROWS = 16384  # words of the vocabulary whose logits are computed at a time
 _STREAMED_ENTRIES = 1 << 20  # of the head that a decoder without weights fetches at a time
 STEM = ("embedding", "positions", "final_norm", "head")
-NORMS = ("attention_norm", "query_norm", "key_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm", "final_norm")
+HEAD_NORMS = ("query_norm", "key_norm")  # over a head's entries; all others are over the stream's
+NORMS = ("attention_norm", *HEAD_NORMS, "attention_post_norm", "ffn_norm", "ffn_post_norm", "final_norm")
 
 
 def _tanh_gelu(x: Tensor) -> Tensor:
@@ -37,70 +39,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": _tanh_gelu,
     "relu": functional.relu,
 }
-
-
-class Cache:
-    """Keys and values of the tokens seen so far, per layer [B, kv heads, S, D]: the next token needs only itself.
-
-    In `notes` an adapter keeps what it must remember of them.
-    """
-
-    def __init__(self, layers: int) -> None:
-        self.length = 0
-        self.notes: dict[str, Tensor] = {}
-        self._seen: list[tuple[Tensor, Tensor] | None] = [None] * layers
-
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append this step's keys and values, [B, kv heads, T, D] each; returns all of them, S = old + T long."""
-        seen = self._seen[layer]
-        if seen is not None:
-            key, value = torch.cat([seen[0], key], dim=2), torch.cat([seen[1], value], dim=2)
-        self._seen[layer] = (key, value)
-        return key, value
-
-
-@dataclass(frozen=True)
-class Step:
-    """What all layers of one forward pass share: positions, rotations, masks, the cache.
-
-    `present` [B, S] is False where a row is padded and None where none is; `documents` [B, T] numbers the text that
-    each token of a packed row belongs to. `positions` are [T], or [B, T] with either.
-    """
-
-    start: int
-    length: int
-    positions: Tensor
-    rotations: dict[str, tuple[Tensor, Tensor]]
-    cache: Cache | None = None
-    present: Tensor | None = None
-    documents: Tensor | None = None
-    masks: dict[tuple[int | None, bool], Tensor | None] = field(default_factory=dict)
-
-    def mask(self, window: int | None, device: torch.device, always: bool) -> Tensor | None:
-        """[T, S], True where a query may look: backwards, and no further than the window, itself included.
-
-        [B, 1, T, S] where rows are padded or packed: no query looks at padding, but for a padded one at itself, nor
-        into another document.
-        None where the kernel's own causal rule says the same, unless `always` asks for the mask itself.
-        """
-        total = self.start + self.length
-        window = None if window is None or window >= total else window
-        if (window, always) not in self.masks:
-            rows_agree = self.present is None and self.documents is None
-            plain = window is None and rows_agree and (self.start == 0 or self.length == 1)
-            if plain and not always:
-                self.masks[window, always] = None
-            else:
-                query = torch.arange(self.start, total, device=device)[:, None]
-                key = torch.arange(total, device=device)[None, :]
-                seen = key <= query
-                seen = seen if window is None else seen & (key > query - window)
-                if self.present is not None:
-                    seen = (seen & self.present[:, None, None, :]) | (key == query)
-                if self.documents is not None:
-                    seen = seen & (self.documents[:, None, :, None] == self.documents[:, None, None, :])
-                self.masks[window, always] = seen
-        return self.masks[window, always]
 
 
 class Adapter(Protocol):
@@ -118,37 +56,6 @@ class _Room(nn.Module):
 
     def forward(self, run: Callable[..., Any], *given: Any) -> Any:
         return run(*given)
-
-
-def frequencies(rope: dict[str, Any], head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Angle per position of each pair, [D / 2]: theta^(-2i / D) (RoPE, arXiv:2104.09864), scaled as the set says.
-
-    "linear" divides all by a factor (arXiv:2306.15595); "llama3" divides long waves only, with a ramp between.
-    """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).to(device, dtype) / head_dim
-    plain: Tensor = 1.0 / (rope["theta"] ** exponent)
-    if rope["type"] == "default":
-        return plain
-    slow: Tensor = plain / rope["factor"]
-    if rope["type"] == "linear":
-        return slow
-    if rope["type"] != "llama3":
-        raise ValueError(f"rotary scaling of the type {rope['type']!r} is not known here")
-    turns = rope["original_positions"] * plain / (2 * math.pi)  # full turns within the context first trained on
-    low, high = rope["low_turns"], rope["high_turns"]
-    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    mixed: Tensor = plain * kept + slow * (1.0 - kept)
-    return mixed
-
-
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn entry i against entry i + D/2 by its position's angle.
-
-    x [B, heads, T, D], cosines and sines [T, D/2] or [B, 1, T, D/2].
-    """
-    cosine, sine = rotation
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
 
 
 def unpivot(rows: Tensor, size: int) -> Tensor:
@@ -634,7 +541,7 @@ class Decoder(nn.Module):
             "embedding": (data["vocab"], hidden), "positions": (data["positions"] or 0, hidden),
             "head": (data["vocab"], hidden), "query": (heads, hidden), "key": (kv, hidden), "value": (kv, hidden),
             "output": (hidden, heads), "gate": (ffn, hidden), "up": (ffn, hidden), "down": (hidden, ffn),
-            **dict.fromkeys(NORMS, (hidden,)), "query_norm": (data["head_dim"],), "key_norm": (data["head_dim"],),
+            **dict.fromkeys(NORMS, (hidden,)), **dict.fromkeys(HEAD_NORMS, (data["head_dim"],)),
         }  # fmt: skip
 
     def _factors(self, slot: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:

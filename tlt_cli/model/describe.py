@@ -66,10 +66,9 @@ def describe(fit: Fit) -> dict[str, Any]:
 
 def _side_by_side(fit: Fit, groups: Groups) -> dict[str, Any]:
     """One part at the sizes that are stored, and what differs from it in each part."""
-    whole = describe(replace(fit, config=dense_config(fit.config, groups), groups=None))
+    whole = describe(replace(fit, config=dense_config(fit.config, groups.stock), groups=None))
     parts = []
-    for number in range(len(groups.parts)):
-        own = describe(fit.part(number))
+    for own in map(describe, fit.parts):
         own["softmax_scale"] += whole["softmax_scale"][len(own["softmax_scale"]) :]
         parts.append({key: own[key] for key in OF_ONE_PART if own[key] != whole[key]})
     joint = {key: groups.data()[key] for key in JOINT if key in groups.data()}

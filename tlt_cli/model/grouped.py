@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tlt_cli.model.decoder import STEM, Decoder, Step, frequencies, rotate
+from tlt_cli.model.decoder import STEM, Decoder
+from tlt_cli.model.step import Step, frequencies, rotate
 
 
 class Grouped(Decoder):

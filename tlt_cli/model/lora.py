@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from tlt_cli.errors import TltError
-from tlt_cli.model.decoder import Decoder, Step
+from tlt_cli.model.decoder import Decoder
 from tlt_cli.model.sites import Site, choose, named, reading_alike, sites
+from tlt_cli.model.step import Step
 
 
 @dataclass(frozen=True)

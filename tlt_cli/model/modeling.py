@@ -27,9 +27,9 @@ config.json, under "tlt_description", "lowrank" and "groups". Licence: Apache-2.
 """
 '''
 _DOCSTRING = re.compile(r'\A""".*?"""\n', re.DOTALL)
-_SOURCES = ("decoder.py", "grouped.py", "wrapper.py")
+_SOURCES = ("step.py", "decoder.py", "grouped.py", "wrapper.py")
 _NOT_SHIPPED = re.compile(
-    r"^(from __future__ .*|from tlt_cli\.model\.(decoder|grouped) import .*|# mypy: .*)\n", re.MULTILINE
+    r"^(from __future__ .*|from tlt_cli\.model\.(step|decoder|grouped) import .*|# mypy: .*)\n", re.MULTILINE
 )
 
 

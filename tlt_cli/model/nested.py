@@ -25,7 +25,7 @@ from tlt_cli.model.cut import Index
 from tlt_cli.model.part import Part, whole
 
 SIZES = ("dim", "ffn", "heads", "kv_heads", "head_dim", "layers")
-NESTED, FRACTAL = "nested", "fractal"
+NESTED, FRACTAL, PREFIXES = "nested", "fractal", "prefixes"  # keys of config.json
 _MOST = 4096  # blocks of one level
 
 
@@ -52,6 +52,11 @@ def sizes_of(fit: Fit) -> dict[str, int]:
     }  # fmt: skip
 
 
+def option(name: str) -> str:
+    """A size under the name of its option: kv_heads is --kv-heads."""
+    return f"--{name.replace('_', '-')}"
+
+
 def prefix(fit: Fit, sizes: Mapping[str, int], *, norm: str = "sliced", rules: str = "parent") -> Part:
     """The first entries of every axis, `sizes` of them (SIZES; what is not named stays whole).
 
@@ -63,18 +68,15 @@ def prefix(fit: Fit, sizes: Mapping[str, int], *, norm: str = "sliced", rules: s
     wanted = {**own, **sizes}
     for name, size in wanted.items():
         if not 1 <= size <= own[name]:
-            raise TltError(f"{_option(name)} {size}: the model has {own[name]}; say a size from 1 to {own[name]}")
+            raise TltError(f"{option(name)} {size}: the model has {own[name]}; say a size from 1 to {own[name]}")
     layers = tuple(range(wanted["layers"]))
     kv, heads = wanted["kv_heads"], wanted["heads"]
     group = fit.heads // fit.kv_heads
     if heads % kv or heads // kv > group:
-        legal = sorted(
-            {k * g for k in range(1, fit.kv_heads + 1) for g in range(1, group + 1) if k == kv or g == group}
-        )
         raise TltError(
             f"{heads} query heads for {kv} key/value heads: every key/value head must keep as many query heads, at "
             f"most its {group}, or else queries would read another head's keys (GQA); legal with whole groups, or with "
-            f"--kv-heads {kv}: {', '.join(map(str, legal))}"
+            f"--kv-heads {kv}: {', '.join(map(str, legal_heads(fit, kv)))}"
         )
     queries = (np.arange(kv)[:, None] * group + np.arange(heads // kv)[None]).ravel()
     return replace(
@@ -82,6 +84,14 @@ def prefix(fit: Fit, sizes: Mapping[str, int], *, norm: str = "sliced", rules: s
         kv=(np.arange(kv),) * len(layers), heads=(queries,) * len(layers),
         entries=_entries(fit, wanted["head_dim"], strided=rules == "parent"), norm=norm, rules=rules,
     )  # fmt: skip
+
+
+def legal_heads(fit: Fit, kv: int) -> list[int]:
+    """How many query heads a part can keep: whole groups, or as many of each group beside `kv` key/value heads."""
+    group = fit.heads // fit.kv_heads
+    return sorted(
+        {*(each * group for each in range(1, fit.kv_heads + 1)), *(kv * each for each in range(1, group + 1))}
+    )
 
 
 def block(
@@ -148,7 +158,7 @@ def shrunk(fit: Fit, share: Fraction, *, heads: int | None = None, layers: int |
     if broken or found.get("head_dim", Fraction(pair)) % pair:
         name = broken[0] if broken else "head_dim"
         raise TltError(
-            f"a level of {share} of the width would have {_option(name)[2:]} {float(found[name]):g}; take shares that "
+            f"a level of {share} of the width would have {option(name)[2:]} {float(found[name]):g}; take shares that "
             f"leave whole sizes of dim {own['dim']} and ffn {own['ffn']}, and whole "
             f"{'rotary pairs' if pair > 1 else 'entries'} of {own['kv_heads']} key/value heads of {own['head_dim']}"
         )
@@ -275,7 +285,3 @@ def _entries(fit: Fit, head_dim: int, *, strided: bool) -> Index:
 def _share(entries: Index, at: int, count: int) -> Index:
     size = len(entries) // count
     return entries[at * size : (at + 1) * size]
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

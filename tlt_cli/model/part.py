@@ -31,10 +31,8 @@ from tlt_cli.families.place import renamed
 from tlt_cli.families.rotation import with_factor, with_power
 from tlt_cli.families.sizes import edit_config
 from tlt_cli.model.cut import Cut, Index
-from tlt_cli.model.decoder import Decoder
+from tlt_cli.model.decoder import HEAD_NORMS, Decoder
 from tlt_cli.model.describe import describe, embedding_scale, softmax_scales
-
-_HEAD_NORMS = ("query_norm", "key_norm")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -216,7 +214,7 @@ def _gain(fit: Fit, part: Part, made: Fit, factors: _Factors, place: Place, laye
     """By what a norm's gain, or its bias, is multiplied: a bias by what the output is, whatever the norm's inputs."""
     role, found = place.roles[0], 1.0
     if place.kind == "weight":
-        found = part.gains.get((role, place.layer), 1.0) * (factors.head_gain if role in _HEAD_NORMS else factors.gain)
+        found = part.gains.get((role, place.layer), 1.0) * (factors.head_gain if role in HEAD_NORMS else factors.gain)
     if role == "query_norm":
         return found * _temperature(fit, part, made, layer)
     return found / (_embedded(fit, part, made) if role == "final_norm" and fit.tied else 1.0)

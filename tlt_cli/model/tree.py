@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tlt_cli.errors import TltError
-from tlt_cli.model.decoder import Decoder, Step
+from tlt_cli.model.decoder import Decoder
 from tlt_cli.model.sites import Site, choose, reading_alike, sites
+from tlt_cli.model.step import Step
 from tlt_cli.model.tree_routes import causal_mean, entropy, greedy, log_reach, one_path, spread, unit, wide
 from tlt_cli.model.tree_shape import Schedule, Shape
 

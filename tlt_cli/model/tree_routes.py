@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tlt_cli.model.decoder import Step
+from tlt_cli.model.step import Step
 
 _SUM, _COUNT = "tree.sum", "tree.count"
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from tlt_cli.model.describe import describe
 from tlt_cli.model.grouped import decoder_class
 
 if TYPE_CHECKING:
-    from tlt_cli.checkpoint.lazy import Checkpoint
     from tlt_cli.families.fit import Fit
 
 
@@ -39,7 +38,7 @@ def load(
         if tensor.shape != placeholder.shape:
             raise TltError(f"{name} is {list(tensor.shape)}, but the decoder needs {list(placeholder.shape)}")
         module, _, leaf = name.rpartition(".")
-        _check_integers(decoder, name, tensor)
+        _check_integers(wanted, name, tensor)
         value = nn.Parameter(tensor) if isinstance(placeholder, nn.Parameter) else tensor
         setattr(decoder.get_submodule(module), leaf, value)
     decoder._like = torch.empty(0, device=device, dtype=dtype)
@@ -59,24 +58,36 @@ def _finite(read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
     return checked
 
 
-def _check_integers(decoder: Decoder, name: str, tensor: Tensor) -> None:
+def _check_integers(wanted: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
     """TltError where codes are no integers, or the row numbers of a pivoted factor not ascending rows of its matrix."""
-    wanted = decoder.stored[name]
-    if wanted.is_floating_point():
+    placeholder = wanted[name]
+    if placeholder.is_floating_point():
         return
-    if tensor.dtype != wanted.dtype:
-        kinds = [str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, wanted.dtype)]
+    if tensor.dtype != placeholder.dtype:
+        kinds = [str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, placeholder.dtype)]
         raise TltError(f"{name} is stored as {kinds[0]}, but config.json makes it {kinds[1]}")
     if not name.endswith(".lowrank_rows"):
         return
-    left = decoder.stored[f"{name.removesuffix('.lowrank_rows')}.lowrank_b.weight"]
+    left = wanted[f"{name.removesuffix('.lowrank_rows')}.lowrank_b.weight"]
     size = len(left) + len(tensor)
     if len(tensor) and (int(tensor[0]) < 0 or int(tensor[-1]) >= size or bool((tensor.diff() <= 0).any())):
         raise TltError(f"{name} must number rows of a matrix of {size}, each once and ascending")
 
 
+class Weights(Protocol):
+    """Where a decoder's weights are read from: a checkpoint, or one of several models in it."""
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor."""
+        ...
+
+    def read_vectors(self, name: str, start: int, stop: int) -> Tensor:
+        """Vectors start to stop along its last dim, counted through all leading ones."""
+        ...
+
+
 def load_checkpoint(
-    checkpoint: Checkpoint,
+    checkpoint: Weights,
     fit: Fit,
     *,
     stream: bool = False,
@@ -88,24 +99,24 @@ def load_checkpoint(
     Raises TltError for what the decoder cannot compute, and for weights that are not finite when they are read.
     """
     description, read = describe(fit), _finite(checkpoint.read)
-    read_rows = checkpoint.read_rows if fit.groups is None else checkpoint.read_vectors
     if not stream:
         return load(read, fit.places, description, dtype, device)
 
     def rows(name: str, ids: Tensor) -> Tensor:
-        """Rows `ids`, ascending [n] -> [n, ...]: one read per run of neighbours."""
-        wanted = ids.cpu()
-        if not len(wanted):
-            return read_rows(name, 0, 0)
-        ends = torch.nonzero(wanted.diff() != 1).flatten() + 1
-        runs = wanted.tensor_split(ends)
-        found = [read_rows(name, int(run[0]), int(run[-1]) + 1) for run in runs]
+        """Rows `ids`, ascending [n] -> [n, H]: one read per run of neighbours."""
+        asked = ids.cpu()
+        if not len(asked):
+            return checkpoint.read_vectors(name, 0, 0)
+        ends = torch.nonzero(asked.diff() != 1).flatten() + 1
+        runs = asked.tensor_split(ends)
+        found = [checkpoint.read_vectors(name, int(run[0]), int(run[-1]) + 1) for run in runs]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def fetch(name: str) -> Tensor:
         tensor = read(name)
-        _check_integers(decoder, name, tensor)
+        _check_integers(wanted, name, tensor)
         return tensor
 
     decoder = decoder_class(description).stream(description, fetch, rows, dtype=dtype, device=device)
+    wanted = decoder.stored
     return decoder

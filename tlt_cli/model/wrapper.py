@@ -14,8 +14,9 @@ from transformers.cache_utils import Cache as States
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from tlt_cli.model.decoder import Cache, Decoder
+from tlt_cli.model.decoder import Decoder
 from tlt_cli.model.grouped import decoder_class
+from tlt_cli.model.step import Cache
 
 # Releases call the cache by two names, as an argument and in what a model returns.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"

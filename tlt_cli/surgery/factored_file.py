@@ -9,7 +9,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from tlt_cli.families.factors import (
     dense_config,
     is_factor,
     read_lowrank,
+    stock_of,
 )
 from tlt_cli.surgery.matrices import Matrix, write_back
 from tlt_cli.surgery.plan import Plan
@@ -105,9 +106,10 @@ def separate_plan(
 
 def _factored_config(config: Mapping[str, Any], ranks: Mapping[Matrix, int], bits: int | None) -> dict[str, Any]:
     lowrank = LowRank(
-        {matrix.name: rank for matrix, rank in ranks.items()}, architectures=tuple(config.get("architectures") or ()),
-        model_type=config.get("model_type"), bits=bits,
-    )  # fmt: skip
+        {matrix.name: rank for matrix, rank in ranks.items()},
+        stock=replace(stock_of(config), rope_scaling=None),  # that stays where it is
+        bits=bits,
+    )
     said = lowrank.data()
     other = {
         matrix.name: {"name": matrix.tensor, "shape": list(matrix.stored)}
@@ -191,7 +193,7 @@ def joined_plan(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) ->
             raise TltError(f"{name} is in the file, but config.json says that it is stored as factors")
     own = {"auto_map": config[KEY][_OWN_CODE]} if _OWN_CODE in config[KEY] else {}
     return Plan(
-        "fold", tuple(planned), {**dense_config(config, lowrank), **own}, exact=True,
+        "fold", tuple(planned), {**dense_config(config, lowrank.stock), **own}, exact=True,
         details={"folded": len(lowrank.ranks)},
     )  # fmt: skip
 

@@ -74,7 +74,7 @@ def product(values: Tensors, fitted: Fit, slot: str) -> Tensor:
 
 def _plain(fitted: Fit, lowrank: LowRank) -> tuple[dict[str, Any], dict[str, int]]:
     """config.json of the dense model, and its sizes."""
-    config = dense_config(fitted.config, lowrank)
+    config = dense_config(fitted.config, lowrank.stock)
     widest = max(lowrank.ffn.get(layer, fitted.sizes["ffn"]) for layer in range(fitted.sizes["layer"]))
     sizes = {**fitted.sizes, "ffn": widest}
     try:

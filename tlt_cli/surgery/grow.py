@@ -19,7 +19,8 @@ from tlt_cli.families import Fit, Place
 from tlt_cli.families.factors import refuse_factored
 from tlt_cli.families.groups import refuse_grouped
 from tlt_cli.families.layers import move_patterns
-from tlt_cli.families.place import renamed
+from tlt_cli.families.place import named, renamed
+from tlt_cli.model.decoder import HEAD_NORMS
 from tlt_cli.model.describe import describe, embedding_scale, softmax_scales
 from tlt_cli.model.nested import without_levels
 from tlt_cli.surgery.arrows import METHODS, AxisMaps, axis_maps, sides
@@ -214,7 +215,7 @@ def _tensors(growth: Growth, name: str, place: Place, layer: int | None, dtype: 
     if layer is not None and growth.layers.silent[layer] and _falls_silent(growth.fit, place):
         value = -_offset(growth.fit) if role.endswith("_norm") and place.kind == "weight" else 0.0
         return [_constant(name, new_shape, dtype, place.name, value)]
-    if growth.rotates and role.endswith("_norm") and role not in ("query_norm", "key_norm"):
+    if growth.rotates and role.endswith("_norm") and role not in HEAD_NORMS:
         return [_rotated_norm(growth, name, place, new_shape, dtype)]
     work = widening(growth, name, place, layer, double=double)
     if growth.rotates and place.kind == "weight":
@@ -262,22 +263,9 @@ def _offset(fit: Fit) -> float:
 # --- rotation: gains are folded into the matrices behind them ---------------------------------------------------
 
 
-def _norm_tensor(growth: Growth, reader: str, layer: int | None, kind: str) -> str | None:
-    """The stored tensor of the norm in front of a reading role; None where it has none of this kind."""
-    wanted = READS_NORM.get(reader)
-    for place in growth.fit.places.values():
-        if place.roles == (wanted,) and place.kind == kind and place.layer == layer:
-            return place.name
-    return None
-
-
 def _folded(growth: Growth, work: Widening, place: Place, role: str) -> Widening:
-    return replace(
-        work,
-        gain=_norm_tensor(growth, role, place.layer, "weight"),
-        gain_offset=_offset(growth.fit),
-        shift=_norm_tensor(growth, role, place.layer, "bias"),
-    )
+    gain, shift = (named(growth.fit.places, READS_NORM.get(role, ""), kind, place.layer) for kind in ("weight", "bias"))
+    return replace(work, gain=gain, gain_offset=_offset(growth.fit), shift=shift)
 
 
 def _untied_head(growth: Growth, work: Widening, name: str, place: Place) -> Widening:

@@ -26,13 +26,13 @@ from tlt_cli.families import Fit, Place, fit
 from tlt_cli.families.factors import (
     LEFT,
     RIGHT,
-    ROPE_SCALING,
     ROWS,
     SCALE,
     LowRank,
     find_slot,
     refuse_factored,
     slot_shape,
+    stock_of,
 )
 from tlt_cli.families.groups import refuse_grouped
 from tlt_cli.model.describe import describe
@@ -99,15 +99,11 @@ def factored_plan(
     refuse_grouped(fitted.groups, "factoring")
     table = fitted.family
     kept = {layer: torch.as_tensor(neurons, dtype=torch.long) for layer, neurons in ffn.items()}
-    architectures = fitted.config.get("architectures") or ()
-    scaling = fitted.config.get(ROPE_SCALING)
     lowrank = LowRank(
         ranks={one.matrix.name: one.rank for one in factored},
         shared={one.matrix.name: one.shared_with for one in factored if one.shared_with is not None},
         ffn={layer: len(neurons) for layer, neurons in kept.items()},
-        architectures=tuple(architectures),
-        model_type=fitted.config.get("model_type"),
-        rope_scaling=scaling if isinstance(scaling, dict) and scaling else None,
+        stock=stock_of(fitted.config),
         bits=bits,
     )
     store = _Store(lowrank, factored, factors, metric, dtypes)

@@ -6,14 +6,16 @@ A *slot* names one matrix: the module's name, with ".0", ".1", ... behind it whe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from tlt_cli import axes
 from tlt_cli.errors import TltError, UsageError
 from tlt_cli.families import Fit, Place
+from tlt_cli.families.place import named
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +79,29 @@ def matrices(shapes: Mapping[str, Sequence[int]], fitted: Fit | None, *, only: S
             near = get_close_matches(glob, names, n=3, cutoff=0.3) or names[:3]
             raise UsageError(f"--only {glob}: no matrix of the checkpoint is called that; the nearest are {near}")
     return [matrix for matrix in known if any(_named(matrix, glob) for glob in only)]
+
+
+def by_layer(found: Iterable[Matrix]) -> dict[int, dict[str, Matrix]]:
+    """The linears of blocks among these matrices, by layer and by role."""
+    layers: dict[int, dict[str, Matrix]] = {}
+    for matrix in found:
+        assert matrix.layer is not None and matrix.role is not None
+        layers.setdefault(matrix.layer, {})[matrix.role] = matrix
+    return layers
+
+
+def linears(fitted: Fit) -> dict[int, dict[str, Matrix]]:
+    """All linears of a model's blocks, by layer and by role."""
+    return by_layer(
+        matrices({name: axes.shape(spot.arrow, fitted.sizes) for name, spot in fitted.places.items()}, fitted)
+    )
+
+
+def head_name(fitted: Fit) -> str:
+    """The stored tensor that makes logits: the embedding where it is the head too."""
+    found = named(fitted.places, "embedding" if fitted.tied else "head")
+    assert found is not None
+    return found
 
 
 def _named(matrix: Matrix, glob: str) -> bool:

@@ -9,8 +9,9 @@ that all slices are copies of what they come from, whatever the weights are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from tlt_cli.checkpoint.planned import PlannedTensor, Rows, Tensors
 from tlt_cli.checkpoint.together import numbered
 from tlt_cli.errors import TltError
 from tlt_cli.families import Fit, Place, fit
-from tlt_cli.families.factors import ROPE_SCALING, refuse_factored
+from tlt_cli.families.factors import refuse_factored, stock_of
 from tlt_cli.families.groups import KEY, Groups, Part, check_weights, differences, refuse_joint
 from tlt_cli.families.sizes import edit_config
 from tlt_cli.model.describe import OF_ONE_PART, describe
@@ -76,13 +77,13 @@ def models(sources: Sequence[Source], weights: Sequence[float]) -> list[Model]:
     for number, (source, weight) in enumerate(zip(sources, weights, strict=True)):
         groups = source.fit.groups
         refuse_joint(groups, f"merging {source.name}")
-        if groups is None:
-            own = _speaking(source.fit, source.tokens)
-            found.append(Model(number, source, None, own, weight, source.name, source.sha256))
-        for at, part in enumerate(() if groups is None else groups.parts):
-            share = weight * part.weight
-            own = _speaking(source.fit.part(at), source.tokens)
-            found.append(Model(number, source, at, own, share, part.name, part.sha256))
+        for at, fitted in enumerate(source.fit.parts):
+            own = _speaking(fitted, source.tokens)
+            if groups is None:
+                found.append(Model(number, source, None, own, weight, source.name, source.sha256))
+            else:
+                part = groups.parts[at]
+                found.append(Model(number, source, at, own, weight * part.weight, part.name, part.sha256))
     return found
 
 
@@ -141,14 +142,7 @@ def merge(sources: Sequence[Source], weights: Sequence[float] | None = None) -> 
 def _groups(found: Sequence[Model], base: Model, sizes: Mapping[str, int]) -> Groups:
     config = base.fit.config
     parts = [Part(model.name, model.sha256, model.weight, *differences(config, model.fit.config)) for model in found]
-    scaling = config.get(ROPE_SCALING)
-    return Groups(
-        tuple(parts),
-        None if sizes == base.fit.sizes else sizes,
-        tuple(config.get("architectures") or ()),
-        config.get("model_type"),
-        scaling if isinstance(scaling, dict) and scaling else None,
-    )
+    return Groups(tuple(parts), None if sizes == base.fit.sizes else sizes, stock_of(config))
 
 
 # --- what models must have in common ---------------------------------------------------------------------------
@@ -276,11 +270,17 @@ class Slice:
         own = cut(stored, self.place.arrow, whole, {**self.model.fit.sizes, _VOCAB: whole[_VOCAB]})
         return own if not self.translated else translated(own, self.model.source.tokens or ())
 
-    def read_rows(self, values: Tensors, start: int, stop: int) -> Tensor:
-        """Rows of what `read` gives; no others are held where the file has the tensor as it is."""
-        if self.model.slice is None and not self.translated:
-            return values.read_rows(self.rows.source, start, stop)
-        return self.read(values)[start:stop]
+    def reader(self, values: Tensors) -> Callable[[int, int], Tensor]:
+        """What gives rows from..to of what `read` gives: no others are held where the file has the tensor as it is."""
+        if self.plain:
+            return partial(values.read_rows, self.rows.source)
+        whole = self.read(values)
+        return lambda start, stop: whole[start:stop]
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is stored by itself and as it is."""
+        return self.model.slice is None and not self.translated
 
     @property
     def translated(self) -> bool:

@@ -18,15 +18,28 @@ from tlt_cli.errors import TltError, UsageError
 from tlt_cli.families import Fit
 from tlt_cli.families import fit as fit_to
 from tlt_cli.model.cut import Cut
-from tlt_cli.model.nested import FRACTAL, NESTED, SIZES, Level, block, fractal_shape, level_at, levels, prefix, sizes_of
+from tlt_cli.model.decoder import HEAD_NORMS
+from tlt_cli.model.nested import (
+    FRACTAL,
+    NESTED,
+    PREFIXES,
+    SIZES,
+    Level,
+    block_part,
+    fractal_shape,
+    level_at,
+    levels,
+    prefix,
+    sizes_of,
+)
 from tlt_cli.model.part import Child, Part, child
 from tlt_cli.surgery.plan import Plan
-from tlt_cli.surgery.slice_sizes import axis_sizes, budget_of, parameters, smaller, within
-from tlt_cli.surgery.targets import Sizes, current
+from tlt_cli.surgery.slice_sizes import budget_of, parameters, smaller, within
+from tlt_cli.surgery.targets import Sizes, axis_sizes, current
 
 NORMS = ("sliced", "masked")
 ORDERS = ("prefix", "importance", "pca")
-SLICED, PREFIXES = "sliced", "prefixes"  # keys of config.json
+SLICED = "sliced"  # key of config.json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +74,13 @@ class Chosen:
 
 def chosen(fit: Fit, wanted: Wanted) -> Chosen:
     """The part asked for. Raises TltError for what the family cannot have or the model does not hold."""
-    trained = NESTED in fit.config or FRACTAL in fit.config
-    if wanted.block is not None and wanted.level is None and not trained:
-        norm = wanted.norm or "sliced"
-        return Chosen(block(fit, *wanted.block, norm=norm), notes=_convention(fit, norm, trained=False))
-    if wanted.level is not None or wanted.block is not None:
+    if wanted.level is not None:
         return _of_level(level_at(fit, wanted.level, wanted.block), wanted.norm)
-    if wanted.size is not None and trained and not wanted.sizes.named():
+    if wanted.block is not None:
+        level = block_part(fit, *wanted.block, norm=wanted.norm or "sliced")
+        found, trained = _of_level(level, wanted.norm), level.part.rules == "own"
+        return replace(found, notes=_convention(fit, level.part.norm, trained=trained))
+    if wanted.size is not None and (NESTED in fit.config or FRACTAL in fit.config) and not wanted.sizes.named():
         inner = _largest_level(fit, budget_of(fit, wanted.size))
         if inner is not None:
             return _of_level(inner, wanted.norm)
@@ -124,10 +137,9 @@ def sliced(
     part, level = found.part, found.level
     made = child(fit, part)
     inner = {} if tensors is not None else _inner(fit, found)  # weights that moved are no longer the levels' own
-    dropped = {NESTED, FRACTAL, PREFIXES} - set(inner)
-    whole = {key: value for key, value in made.fit.config.items() if key not in dropped}
+    stated = {**made.fit.config, **(config or {})}
+    whole = {key: value for key, value in stated.items() if key not in (NESTED, FRACTAL, PREFIXES)}
     whole |= {**inner, SLICED: {"norm": part.norm, "rules": part.rules}}
-    whole = {**whole, **(config or {})}
     planned = tuple(planned_cut(name, cut, dtypes[cut.source]) for name, cut in made.cuts.items())
     made = replace(made, fit=replace(made.fit, config=whole))
     if tensors is not None:  # a rotation unties head and embedding
@@ -140,7 +152,7 @@ def sliced(
         details={
             "family": fit.family.name, "from": current(fit), "to": current(made.fit), "norm": part.norm,
             "rules": part.rules, "order": "prefix",
-            "level": None if level is None else level.level,
+            "level": None if level is None or part.rules == "parent" else level.level,  # a block of none is no level
             "block": None if level is None or level.blocks == 1 else f"{level.block}/{level.blocks}",
             "layers": list(part.layers),
             "config": {key: value for key, value in whole.items() if fit.config.get(key) != value},
@@ -217,7 +229,7 @@ def _is_prefix(fit: Fit, part: Part) -> bool:
 
 
 def _head_norms(fit: Fit) -> bool:
-    return "query_norm" in fit.family.roles or "key_norm" in fit.family.roles
+    return any(role in fit.family.roles for role in HEAD_NORMS)
 
 
 def _convention(fit: Fit, norm: str, *, trained: bool) -> tuple[str, ...]:

@@ -12,7 +12,8 @@ from tlt_cli.axes import Arrow, shape
 from tlt_cli.errors import TltError, UsageError
 from tlt_cli.families import Fit
 from tlt_cli.families.sizes import edit_config
-from tlt_cli.surgery.targets import Sizes, current, forced, stayed
+from tlt_cli.model.nested import legal_heads, option
+from tlt_cli.surgery.targets import Sizes, axis_sizes, changes, current, forced, stayed
 
 _SEARCH = 4096  # sizes tried on either side when the nearest legal ones are looked for
 
@@ -26,7 +27,7 @@ def smaller(fit: Fit, wanted: Sizes) -> tuple[dict[str, int], tuple[str, ...]]:
     old = current(fit)
     for name, size in wanted.named().items():
         if not 1 <= size <= old[name]:
-            raise TltError(f"{_option(name)} {size}: the model has {old[name]}; say a size from 1 to {old[name]}")
+            raise TltError(f"{option(name)} {size}: the model has {old[name]}; say a size from 1 to {old[name]}")
     if "group" not in fit.sizes and wanted.kv_heads not in (None, wanted.heads):
         raise TltError(
             f"--kv-heads {wanted.kv_heads}: {fit.family.name} has a key/value head for every query head; "
@@ -87,18 +88,13 @@ def why_not(fit: Fit, sizes: Mapping[str, int]) -> str | None:
     """Which law these sizes break, or None where they are legal."""
     old = current(fit)
     heads, kv, head_dim = sizes["heads"], sizes["kv_heads"], sizes["head_dim"]
-    changes = [f"{name} from {old[name]} to {sizes[name]}" for name in old if old[name] != sizes[name]]
-    what = f"cannot slice {' and '.join(changes) or 'nothing'}"
+    what = f"cannot slice {changes(old, sizes)}"
     group = old["heads"] // old["kv_heads"]
     if heads % kv or heads // kv > group:
-        legal = sorted(
-            {keys * each for keys in range(1, old["kv_heads"] + 1) for each in range(1, group + 1)
-             if keys == old["kv_heads"] or each == group}
-        )  # fmt: skip
         return (
             f"{what}: {heads} query heads for {kv} key/value heads; every key/value head must keep as many query "
             f"heads, at most its {group}, or queries would read another head's keys (GQA); legal: --heads "
-            f"{', '.join(map(str, legal))}"
+            f"{', '.join(map(str, legal_heads(fit, old['kv_heads'])))}"
         )
     if head_dim > old["head_dim"] or heads > old["heads"]:
         heads, head_dim = min(heads, old["heads"]), min(head_dim, old["head_dim"])
@@ -117,16 +113,6 @@ def why_not(fit: Fit, sizes: Mapping[str, int]) -> str | None:
     return None
 
 
-def axis_sizes(fit: Fit, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Sizes under the names of the options as the sizes of the table's axes."""
-    axes = {"vocab": "vocab", "hidden": "dim", "ffn": "ffn", "layer": "layers", "kv": "kv_heads"}
-    new = {axis: sizes[axes[axis]] if axis in axes else size for axis, size in fit.sizes.items()}
-    if "group" in new:
-        new["group"] = sizes["heads"] // sizes["kv_heads"]
-    new[fit.family.head_size_axis] = sizes["head_dim"] // 2 if "rotary" in new else sizes["head_dim"]
-    return new
-
-
 def _nearest(fit: Fit, wanted: Sizes, old: Mapping[str, int]) -> str:
     """ " (nearest that work: --dim 24 or 28)", searching the first named size that has neighbours that work."""
     for name in ("dim", "heads", "kv_heads", "head_dim"):
@@ -142,7 +128,7 @@ def _nearest(fit: Fit, wanted: Sizes, old: Mapping[str, int]) -> str:
                     found.append(other)
                     break
         if found:
-            return f" (nearest that work: {_option(name)} {' or '.join(map(str, found))})"
+            return f" (nearest that work: {option(name)} {' or '.join(map(str, found))})"
     return ""
 
 
@@ -205,7 +191,3 @@ def within(fit: Fit, budget: int, wanted: Sizes) -> dict[str, int]:
         f"no model of at most {budget:,} parameters keeps these proportions; the narrowest has {smallest:,}: "
         "allow more, or name sizes of your own, such as --layers"
     )
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -43,10 +43,10 @@ def stock_layout(sources: Sequence[Source], weights: Sequence[float] | None = No
     first = found[0]
     sizes = {axis: size * (len(found) if axis in ADDED else 1) for axis, size in first.fit.sizes.items()}
     config = edit_config(first.fit.family, first.fit.config, sizes)
-    kinds = [places_of(model.fit) for model in found]
+    kinds, description = [places_of(model.fit) for model in found], describe(first.fit)
     planned = tuple(
-        _dense(place, found, [Slice(model, own[place_key(place)]) for model, own in zip(found, kinds, strict=True)],
-               sizes, gains or {})
+        _dense(place, [Slice(model, own[place_key(place)]) for model, own in zip(found, kinds, strict=True)], sizes,
+               _factors(place, found, description, gains or {}))
         for place in first.fit.places.values()
     )  # fmt: skip
     return Plan(
@@ -135,15 +135,13 @@ def _factors(place: Place, found: Sequence[Model], description: Mapping[str, Any
     return _Factors(tuple(factors), description["gain_offset"] if norm and place.kind == "weight" else 0.0)
 
 
-def _dense(
-    place: Place, found: Sequence[Model], slices: Sequence[Slice], sizes: Mapping[str, int], gains: Gains
-) -> PlannedTensor:
+def _dense(place: Place, slices: Sequence[Slice], sizes: Mapping[str, int], factors: _Factors) -> PlannedTensor:
     """All models' blocks on the diagonal of the axes that add up."""
-    arrow, own = place.arrow, found[0].fit.sizes
-    factors = _factors(place, found, describe(found[0].fit), gains)
+    arrow, first = place.arrow, slices[0].model
+    own = first.fit.sizes
     dtype = widest({one.dtype for one in slices})
     kind = torch.float64 if dtype == "F64" else torch.float32
-    source, whole = numbered(found[0].number, place.name), shape(arrow, sizes)
+    source, whole = numbered(first.number, place.name), shape(arrow, sizes)
     if not arrow.axes & {*ADDED}:  # a norm of heads, the same in all
         return PlannedTensor(place.name, whole, dtype, source, lambda values: [slices[0].read(values).to(kind)])
 
@@ -153,22 +151,17 @@ def _dense(
             yield beside(block, arrow, own, sizes, number)
 
     def rows(values: Tensors) -> Iterator[Tensor]:
-        step = max(1, _ROWS // math.prod(whole[1:]))
+        readers = [one.reader(values) for one in slices]
         for start in range(0, whole[0], step):
-            stop = min(start + step, whole[0])
-            each = [one.read_rows(values, start, stop).to(kind) for one in slices]
+            each = [read(start, min(start + step, whole[0])).to(kind) for read in readers]
             yield torch.cat([factors.times(number, block) for number, block in enumerate(each)], dim=1)
 
-    stacked = arrow.dims[0][0] in ADDED
+    stacked, step = arrow.dims[0][0] in ADDED, max(1, _ROWS // math.prod(whole[1:]))
+    held = math.prod(whole) // (len(slices) if stacked else 1)
+    if not stacked and all(one.plain for one in slices):
+        held = min(held, step * math.prod(whole[1:]))
     assert stacked or (len(arrow.dims) == 2 and arrow.dims[1] == ("hidden",)), str(arrow)
-    return PlannedTensor(
-        place.name,
-        whole,
-        dtype,
-        source,
-        blocks if stacked else rows,
-        16 * math.prod(whole) // (len(found) if stacked else 1),
-    )
+    return PlannedTensor(place.name, whole, dtype, source, blocks if stacked else rows, 16 * held)
 
 
 def beside(block: Tensor, arrow: Arrow, own: Mapping[str, int], sizes: Mapping[str, int], number: int) -> Tensor:

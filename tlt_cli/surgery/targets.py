@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from tlt_cli.errors import TltError
 from tlt_cli.families import Family, Fit
 from tlt_cli.families.sizes import edit_config
+from tlt_cli.model.nested import sizes_of
 from tlt_cli.surgery.maps import has_head_slots
 
 _SEARCH = 4096  # sizes tried on either side when the nearest legal ones are looked for
@@ -43,15 +44,17 @@ class Targets:
 
 def current(fit: Fit) -> dict[str, int]:
     """The checkpoint's sizes under the names of the options."""
-    return {
-        "dim": fit.sizes["hidden"],
-        "ffn": fit.sizes["ffn"],
-        "heads": fit.heads,
-        "kv_heads": fit.kv_heads,
-        "head_dim": fit.head_dim,
-        "layers": fit.sizes["layer"],
-        "vocab": fit.sizes["vocab"],
-    }
+    return {**sizes_of(fit), "vocab": fit.sizes["vocab"]}
+
+
+def axis_sizes(fit: Fit, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Sizes under the names of the options as the sizes of the table's axes."""
+    axes = {"vocab": "vocab", "hidden": "dim", "ffn": "ffn", "layer": "layers", "kv": "kv_heads"}
+    new = {axis: sizes[axes[axis]] if axis in axes else size for axis, size in fit.sizes.items()}
+    if "group" in new:
+        new["group"] = sizes["heads"] // sizes["kv_heads"]
+    new[fit.family.head_size_axis] = sizes["head_dim"] // 2 if "rotary" in new else sizes["head_dim"]
+    return new
 
 
 def resolve(fit: Fit, wanted: Sizes) -> Targets:
@@ -121,7 +124,7 @@ def _legal(fit: Fit, sizes: dict[str, int], problems: list[str]) -> Targets | No
     """The targets of one full set of sizes, or None with the reason appended to `problems`."""
     heads, kv, head_dim = sizes["heads"], sizes["kv_heads"], sizes["head_dim"]
     old = current(fit)
-    what = f"cannot grow {_changes(old, sizes)}"
+    what = f"cannot grow {changes(old, sizes)}"
     if forced(fit.family):
         if sizes["dim"] % heads:
             problems.append(f"{what}: a width of {sizes['dim']} does not split into {heads} heads")
@@ -144,11 +147,7 @@ def _legal(fit: Fit, sizes: dict[str, int], problems: list[str]) -> Targets | No
             f"{fit.kv_heads} groups of {group} of the model"
         )
         return None
-    axes = {"vocab": "vocab", "hidden": "dim", "ffn": "ffn", "layer": "layers", "kv": "kv_heads"}
-    new = {axis: sizes[axes[axis]] if axis in axes else size for axis, size in fit.sizes.items()}
-    if "group" in new:
-        new["group"] = heads // kv
-    new[fit.family.head_size_axis] = head_dim // 2 if "rotary" in new else head_dim
+    new = axis_sizes(fit, {**sizes, "head_dim": head_dim})
     try:
         return Targets(new, edit_config(fit.family, fit.config, new))
     except TltError as error:
@@ -156,7 +155,8 @@ def _legal(fit: Fit, sizes: dict[str, int], problems: list[str]) -> Targets | No
         return None
 
 
-def _changes(old: dict[str, int], new: dict[str, int]) -> str:
+def changes(old: Mapping[str, int], new: Mapping[str, int]) -> str:
+    """What differs between two sets of sizes, in words."""
     parts = [f"{name} from {old[name]} to {new[name]}" for name in old if old[name] != new[name]]
     return " and ".join(parts) or "nothing"
 

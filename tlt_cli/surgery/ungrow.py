@@ -18,8 +18,9 @@ from tlt_cli.axes import shape
 from tlt_cli.checkpoint.planned import PlannedTensor, Tensors
 from tlt_cli.errors import TltError
 from tlt_cli.families import Fit, Place
-from tlt_cli.families.place import renamed
+from tlt_cli.families.place import named, renamed
 from tlt_cli.families.sizes import read_sizes
+from tlt_cli.model.decoder import HEAD_NORMS
 from tlt_cli.surgery.grow import READS_NORM, Growth, Recipe, grown_places, prepare, widening
 from tlt_cli.surgery.plan import Plan
 from tlt_cli.surgery.targets import Sizes, current
@@ -122,14 +123,14 @@ def _taken_back(grown: Fit, growth: Growth, name: str, place: Place, layer: int 
     new_shape = shape(place.arrow, growth.fit.sizes)
     work = 3 * 8 * max(1, torch.Size(shape(place.arrow, grown.sizes)).numel())
     role = place.roles[0]
-    if growth.rotates and role.endswith("_norm") and role not in ("query_norm", "key_norm"):
+    if growth.rotates and role.endswith("_norm") and role not in HEAD_NORMS:
         return _norm_taken_back(grown, growth, place, layer, new_shape, dtype)
     wide = widening(growth, name, place, layer)
     if all(side.map.plain for side in wide.sides):
         return PlannedTensor(place.name, new_shape, dtype, name)
     gain = None
     if growth.rotates and place.kind == "weight":
-        gain = _grown_norm(grown, READS_NORM.get(role), layer, "weight")
+        gain = named(grown.places, READS_NORM.get(role, ""), "weight", layer)
 
     def compute(tensors: Tensors) -> Iterator[Tensor]:
         yield narrow(wide, _folded(tensors, wide, name, gain, growth))
@@ -160,8 +161,7 @@ def _norm_taken_back(
         return PlannedTensor(place.name, new_shape, dtype, place.name, ones, 8 * new_shape[0])
     name, reader = _reader(growth, place.roles[0], layer)
     wide = widening(growth, name, reader, layer)
-    gain = _grown_norm(grown, place.roles[0], layer, "weight")
-    shift = _grown_norm(grown, place.roles[0], layer, "bias")
+    gain, shift = (named(grown.places, place.roles[0], kind, layer) for kind in ("weight", "bias"))
     assert shift is not None
 
     def solved(tensors: Tensors) -> Iterator[Tensor]:
@@ -189,10 +189,3 @@ def _reader(growth: Growth, norm: str, layer: int | None) -> tuple[str, Place]:
         if at == layer and place.kind == "weight" and READS_NORM.get(place.roles[0]) == norm:
             return name, place
     raise TltError(f"no matrix reads {norm}, so its bias cannot come back from a rotation")
-
-
-def _grown_norm(grown: Fit, norm: str | None, layer: int | None, kind: str) -> str | None:
-    for place in grown.places.values():
-        if place.roles == (norm,) and place.kind == kind and place.layer == layer:
-            return place.name
-    return None

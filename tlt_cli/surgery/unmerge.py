@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tlt_cli.axes import shape
+from tlt_cli.checkpoint.lazy import Checkpoint
 from tlt_cli.checkpoint.planned import PlannedTensor, Rows, Tensors
 from tlt_cli.errors import TltError
 from tlt_cli.families import Fit, Place
 from tlt_cli.families.groups import refuse_joint
 from tlt_cli.model.decoder import Decoder
-from tlt_cli.model.describe import describe
-from tlt_cli.model.weights import load
+from tlt_cli.model.weights import load_checkpoint
 from tlt_cli.surgery.glue import spread
 from tlt_cli.surgery.merge import cut, slice_of
 from tlt_cli.surgery.plan import Plan
@@ -44,7 +44,7 @@ def block(fitted: Fit, dtypes: Mapping[str, str], number: int, *, idle: bool = F
         config=own.config,
         exact=True,
         details={
-            "family": own.family.name, "block": number + 1, "of": count, "name": part.name, "sha256": part.sha256,
+            "family": own.family.name, "block": f"{number + 1}/{count}", "name": part.name, "sha256": part.sha256,
             "weight": part.weight, "sizes": dict(own.sizes),
         },
     )  # fmt: skip
@@ -63,15 +63,35 @@ def _taken_out(place: Place, fitted: Fit, own: Fit, number: int, dtype: str) -> 
     )
 
 
-def alone(values: Tensors, fitted: Fit, number: int, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """Part `number` of a merged checkpoint run by itself, without glue; memory holds that part."""
+@dataclass(frozen=True)
+class PartValues:
+    """The tensors of part `number` as if they were a checkpoint by themselves, whose fit is `own`: none is held."""
+
+    values: Checkpoint
+    fitted: Fit
+    own: Fit
+    number: int
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, without what fills it up."""
+        stored = slice_of(self.values, Rows(name, self.number, self.number + 1))
+        return cut(stored, self.own.places[name].arrow, self.fitted.sizes, self.own.sizes)
+
+    def read_vectors(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start to stop of a table of embeddings; no others are read."""
+        arrow = self.own.places[name].arrow
+        (rows, _), (_, width) = shape(arrow, self.fitted.sizes), shape(arrow, self.own.sizes)
+        first = self.number * rows
+        return self.values.read_vectors(name, first + start, first + stop)[:, :width]
+
+
+def alone(
+    values: Checkpoint, fitted: Fit, number: int, dtype: torch.dtype, device: torch.device, *, stream: bool = False
+) -> Decoder:
+    """Part `number` of a merged checkpoint run by itself, without glue; memory holds that part, or with `stream` one
+    tensor of it at a time."""
     own = fitted.part(number)
-
-    def read(name: str) -> Tensor:
-        arrow = own.places[name].arrow
-        return cut(slice_of(values, Rows(name, number, number + 1)), arrow, fitted.sizes, own.sizes)
-
-    return load(read, own.places, describe(own), dtype, device)
+    return load_checkpoint(PartValues(values, fitted, own, number), own, stream=stream, dtype=dtype, device=device)
 
 
 def without_glue(fitted: Fit) -> Fit:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -55,7 +55,8 @@ class Verification:
 
 def sample_tokens(fitted: Fit, text: Tensor | None = None, *, seed: int = 0) -> Tensor:
     """ids [2, T]: random ones, and one or two more rows that are the first windows of `text` [N]."""
-    longest = min(64, describe(fitted)["positions"] or 64, max(2, _MOST_LOGITS // (4 * fitted.sizes["vocab"])))
+    seen = [describe(one)["positions"] or 64 for one in fitted.parts]
+    longest = min(64, *seen, max(2, _MOST_LOGITS // (4 * fitted.sizes["vocab"])))
     if text is not None:
         longest = min(longest, len(text))
     ids = torch.randint(0, fitted.sizes["vocab"], (2, longest), generator=torch.Generator().manual_seed(seed))
@@ -80,21 +81,27 @@ def verify(
     `adapted` makes the adapter beside the source, for a plan that folds one.
     """
     grown = fit(plan.shapes, plan.config, family=fitted.family)
-    bound = bound_of(grown)
-    found = None
-    for dtype in (torch.float32, torch.float64):
-        source = load_checkpoint(values, fitted, stream=True, dtype=dtype)
-        source.adapter = None if adapted is None else adapted(source, dtype)
-        found = Verification(compare(source, planned_decoder(plan, grown, values, dtype=dtype), ids), bound)
-        if found.holds:
-            break
-    assert found is not None
+
+    def source(dtype: torch.dtype) -> Decoder:
+        decoder = load_checkpoint(values, fitted, stream=True, dtype=dtype)
+        decoder.adapter = None if adapted is None else adapted(decoder, dtype)
+        return decoder
+
+    def measured(dtype: torch.dtype) -> Verification:
+        planned = planned_decoder(plan, grown, values, dtype=dtype)
+        return Verification(compare(source(dtype), planned, ids), bound_of(grown))
+
+    found = twice(measured)
     if written is None or not rounded(plan, values) or not plan.exact:
         return found
-    source = load_checkpoint(values, fitted, stream=True)
-    source.adapter = None if adapted is None else adapted(source, torch.float32)
-    distance = compare(source, load_checkpoint(written, grown, stream=True), ids)
-    return Verification(found.computed, bound, distance)
+    distance = compare(source(torch.float32), load_checkpoint(written, grown, stream=True), ids)
+    return replace(found, written=distance)
+
+
+def twice(measure: Callable[[torch.dtype], Verification]) -> Verification:
+    """What is measured in float32, or again in float64 where that misses its bound: rounding alone counts as none."""
+    found = measure(torch.float32)
+    return found if found.holds else measure(torch.float64)
 
 
 def bound_of(fitted: Fit) -> float:
@@ -138,26 +145,43 @@ def check(plan: Plan, verification: Verification) -> None:
             )
 
 
-def planned_decoder(plan: Plan, fitted: Fit, values: Tensors, *, dtype: torch.dtype) -> Decoder:
-    """The model that a plan will write, computed tensor by tensor as it runs."""
+def planned_values(plan: Plan, values: Tensors) -> Callable[[str], Tensor]:
+    """What reads a tensor of the plan by its name, computed or as it is in the source."""
     planned = {tensor.name: tensor for tensor in plan.tensors}
 
-    def fetch(name: str) -> Tensor:
+    def read(name: str) -> Tensor:
         tensor = planned[name]
-        if tensor.compute is None:
-            return values.read(tensor.source)
-        return torch.cat(list(tensor.compute(values)))
+        return values.read(tensor.source) if tensor.compute is None else torch.cat(list(tensor.compute(values)))
+
+    return read
+
+
+def planned_decoder(
+    plan: Plan, fitted: Fit, values: Tensors, *, dtype: torch.dtype, as_stored: bool = False
+) -> Decoder:
+    """The model that a plan will write, computed tensor by tensor as it runs; `as_stored` rounds each to its dtype in
+    the file, for what the file itself must compute."""
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    read = planned_values(plan, values)
+
+    def fetch(name: str) -> Tensor:
+        return stored(name, read(name))
+
+    def stored(name: str, value: Tensor) -> Tensor:
+        return value.to(torch_dtype(planned[name].dtype)) if as_stored else value
 
     def fetch_rows(name: str, ids: Tensor) -> Tensor:
+        return stored(name, computed_rows(name, ids))
+
+    def computed_rows(name: str, ids: Tensor) -> Tensor:
         tensor = planned[name]
         if tensor.compute is None:
-            stored = values.read(tensor.source)
-            return (stored if fitted.groups is None else stored.flatten(0, -2))[ids.cpu()]
+            return read(name).flatten(0, -2)[ids.cpu()]
         rows, start, wanted = [], 0, ids.cpu()
         for block in tensor.compute(values):
             if len(wanted) and start > int(wanted[-1]):  # they ascend: what comes after is not asked for
                 break
-            found = block if fitted.groups is None else block.flatten(0, -2)  # words are counted through all parts
+            found = block.flatten(0, -2)  # words are counted through all parts
             inside = wanted[(wanted >= start) & (wanted < start + len(found))]
             rows.append(found[inside - start])
             start += len(found)

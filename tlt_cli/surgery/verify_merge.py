@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from tlt_cli.checkpoint.filling import one_thread_each
 from tlt_cli.checkpoint.lazy import Checkpoint
 from tlt_cli.families import Fit, fit
 from tlt_cli.model.compare import distance
-from tlt_cli.model.decoder import Decoder
 from tlt_cli.model.weights import load_checkpoint
 from tlt_cli.surgery.plan import Plan
-from tlt_cli.surgery.verify import Verification, bound_of, planned_decoder
+from tlt_cli.surgery.verify import Verification, bound_of, planned_decoder, twice
 
 _MOST_LOGITS, _FEWEST = 1 << 20, 8
 
@@ -43,17 +42,17 @@ def verify_merge(
     number of every token [V], None where it has the same: then those that all know are compared.
     """
     merged = fit(plan.shapes, plan.config, family=sources[0][1].family)
-    bound, found, known = bound_of(merged), None, shared_tokens(rows)
-    with _one_thread():
-        for dtype in (torch.float32, torch.float64):
-            wanted = mean_logits(sources, weights, ids, dtype=dtype, rows=rows)
-            made = planned_decoder(plan, merged, values, dtype=dtype) if coarse else _read(written, merged, dtype)
-            second = distance(wanted, _read(written, merged, dtype)(ids)[..., known]) if coarse else None
-            found = Verification(distance(wanted, made(ids)[..., known]), bound, second)
-            if found.holds:
-                break
-    assert found is not None
-    return found
+    known = shared_tokens(rows)
+
+    def measured(dtype: torch.dtype) -> Verification:
+        wanted = mean_logits(sources, weights, ids, dtype=dtype, rows=rows)
+        file = load_checkpoint(written, merged, stream=True, dtype=dtype)
+        made = planned_decoder(plan, merged, values, dtype=dtype) if coarse else file
+        second = distance(wanted, file(ids)[..., known]) if coarse else None
+        return Verification(distance(wanted, made(ids)[..., known]), bound_of(merged), second)
+
+    with one_thread_each():  # a few tokens through many small matrices
+        return twice(measured)
 
 
 @torch.no_grad()
@@ -83,19 +82,3 @@ def shared_tokens(rows: Sequence[Sequence[int] | None] | None) -> Tensor | slice
     if not translated:
         return slice(None)
     return torch.nonzero(torch.stack([own >= 0 for own in translated]).all(0)).flatten()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """A few tokens through many small matrices: threads would wait for each other longer than they compute, ten times
-    so where something else is running."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _read(written: Checkpoint, fitted: Fit, dtype: torch.dtype) -> Decoder:
-    return load_checkpoint(written, fitted, stream=True, dtype=dtype)

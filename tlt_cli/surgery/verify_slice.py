@@ -18,12 +18,12 @@ from tlt_cli.axes import split
 from tlt_cli.checkpoint.lazy import Checkpoint
 from tlt_cli.families import Fit
 from tlt_cli.model.compare import Distance, distance
-from tlt_cli.model.decoder import Decoder
+from tlt_cli.model.decoder import HEAD_NORMS, Decoder
 from tlt_cli.model.describe import describe
 from tlt_cli.model.part import Child, Part, inside
 from tlt_cli.model.weights import load_checkpoint
 from tlt_cli.surgery.plan import Plan
-from tlt_cli.surgery.verify import Verification, bound_of, check, planned_decoder, rounded, sample_tokens
+from tlt_cli.surgery.verify import Verification, bound_of, check, planned_decoder, rounded, sample_tokens, twice
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Masked(Decoder):
     def normalize(self, x: Tensor, role: str, layer: int = 0) -> Tensor:
         """Over the kept entries alone, or all of which the rest are zero: x [..., n] -> [..., n]."""
         spot, offset = self.description["roles"][role], self.description["gain_offset"]
-        name, heads = spot["name"].format(layer=layer), role in ("query_norm", "key_norm")
+        name, heads = spot["name"].format(layer=layer), role in HEAD_NORMS
         kept = torch.from_numpy(self._head_entries(x.shape[-1]) if heads else self.part.hidden)
         gain = (self.weight(f"{name}.weight") + offset) * self.part.gains.get(
             (role, None if role == "final_norm" else layer), 1.0
@@ -148,8 +148,9 @@ def verify_slice(
     if text is not None and part.vocab[-1] + 1 < fitted.sizes["vocab"]:
         text = text[text < len(part.vocab)]
     ids = sample_tokens(made.fit, text, seed=seed)
-    coarse, bound, found = bool(rounded(plan, values)), bound_of(made.fit), None
-    for dtype in (torch.float32, torch.float64):
+    coarse, bound = bool(rounded(plan, values)), bound_of(made.fit)
+
+    def measured(dtype: torch.dtype) -> Verification:
         file = load_checkpoint(written, made.fit, stream=True, dtype=dtype)
         if part.rules == "own":
             whole = load_checkpoint(values, fitted, stream=True, dtype=dtype)
@@ -158,10 +159,9 @@ def verify_slice(
             wanted = Masked.of(values, fitted, part, dtype).run(ids)
         after = (planned_decoder(plan, made.fit, values, dtype=dtype) if coarse else file)(ids)
         second = distance(wanted, file(ids)) if coarse else None
-        found = Verification(distance(wanted, after), bound, second)
-        if found.holds:
-            break
-    assert found is not None
+        return Verification(distance(wanted, after), bound, second)
+
+    found = twice(measured)
     if text is None:
         return Proof(found)
     vocab = torch.from_numpy(part.vocab)
@@ -171,7 +171,7 @@ def verify_slice(
 
 def check_slice(plan: Plan, proof: Proof) -> None:
     """TltError where the part does not compute what it does inside its parent; `--no-verify` would write it anyway."""
-    check(replace(plan, exact=not plan.details.get("trained", False)), proof.found)
+    check(replace(plan, exact=True), proof.found)
 
 
 @torch.no_grad()
@@ -186,21 +186,23 @@ def verify_written(
     text: Tensor | None = None,
     seed: int = 0,
 ) -> Proof:
-    """What was written, read as `small`, against the plan, or against the model `of` which it must compute, over its
-    own words; and how far it is from the model that it `lost` something of, on the first windows of `text` [N]."""
+    """What was written, read as `small`, against the plan as its dtypes store it, or against the model `of` which it
+    must compute, over its own words; and how far it is from the model that it `lost` something of, on the first windows
+    of `text` [N]. Where the file was rounded to a coarser dtype, what that moves is told too."""
     vocab = small.sizes["vocab"]
     text = text if text is None else text[text < vocab]
-    ids, found = sample_tokens(small, text, seed=seed), None
-    coarse, bound = bool(rounded(plan, values)), bound_of(small)
-    for dtype in (torch.float32, torch.float64):
+    ids, coarse, bound = sample_tokens(small, text, seed=seed), bool(rounded(plan, values)), bound_of(small)
+
+    def measured(dtype: torch.dtype) -> Verification:
         file = load_checkpoint(written, small, stream=True, dtype=dtype)(ids)
-        planned = planned_decoder(plan, small, values, dtype=dtype)(ids) if coarse or of is None else file
-        wanted = planned if of is None else load_checkpoint(*of, stream=True, dtype=dtype)(ids)[..., :vocab]
-        after = file if of is None and not coarse else planned
-        found = Verification(distance(wanted, after), bound, distance(wanted, file) if coarse else None)
-        if found.holds:
-            break
-    assert found is not None
+        planned = planned_decoder(plan, small, values, dtype=dtype)(ids) if coarse else file
+        if of is not None:
+            wanted = load_checkpoint(*of, stream=True, dtype=dtype)(ids)[..., :vocab]
+            return Verification(distance(wanted, planned), bound, distance(wanted, file) if coarse else None)
+        stored = planned_decoder(plan, small, values, dtype=dtype, as_stored=True)(ids)
+        return Verification(distance(stored, file), bound, distance(planned, file) if coarse else None)
+
+    found = twice(measured)
     if lost is None or text is None:
         return Proof(found)
     whole = load_checkpoint(*lost, stream=True)(ids[2:])[..., :vocab]

@@ -1,6 +1,7 @@
 """Rows of an embedding by direction: a tree of them, its cuts, how well these stand apart, whether two groupings agree.
 
-Labels are [n] integers, one per row; which number a group has says nothing.
+Labels are [n] integers, one per row; which number a group has says nothing. (scipy is imported where it is used: most
+runs of `tlt train` need none of it.)
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.cluster import hierarchy  # type: ignore[import-untyped]
-from scipy.spatial.distance import squareform  # type: ignore[import-untyped]
 
 MOST_GROUPS = 64  # that a number of groups is looked for among
 _ORDERED = 512  # rows up to which the order of leaves is the best one: it costs their number cubed
@@ -31,6 +30,13 @@ def cosine_distances(rows: np.ndarray) -> np.ndarray:
     return found
 
 
+def _condensed(distances: np.ndarray) -> np.ndarray:
+    """[n, n] -> [n (n - 1) / 2], those above the diagonal."""
+    from scipy.spatial.distance import squareform  # type: ignore[import-untyped]
+
+    return np.asarray(squareform(distances, checks=False))
+
+
 @dataclass(frozen=True, eq=False)
 class Clustering:
     """Rows [n, p] in groups: their distances [n, n], scipy's tree of them, and the cut of it that `labels` [n] are."""
@@ -41,9 +47,11 @@ class Clustering:
 
     def order(self) -> np.ndarray:
         """Rows [n] as the tree lays them side by side, neighbours as near as can be; of more than 512 as it comes."""
+        from scipy.cluster import hierarchy  # type: ignore[import-untyped]
+
         tree = self.tree
         if len(self.labels) <= _ORDERED:
-            tree = hierarchy.optimal_leaf_ordering(tree, squareform(self.distances, checks=False))
+            tree = hierarchy.optimal_leaf_ordering(tree, _condensed(self.distances))
         return np.asarray(hierarchy.leaves_list(tree))
 
     def scores(self, categories: np.ndarray | None = None) -> dict[str, float]:
@@ -64,14 +72,18 @@ def clustered(rows: np.ndarray, least: int = 2, most: int | None = None) -> Clus
 
     There are `least` to `most` groups, which is 64, but half of n at most, where nothing is said.
     """
+    from scipy.cluster import hierarchy
+
     distances = cosine_distances(rows)
-    tree = hierarchy.linkage(squareform(distances, checks=False), "average")
+    tree = hierarchy.linkage(_condensed(distances), "average")
     most = min(MOST_GROUPS, len(rows) // 2) if most is None else min(most, len(rows))
     return Clustering(distances, tree, best_cut(tree, distances, least, max(least, most)))
 
 
 def cut(tree: np.ndarray, groups: int) -> np.ndarray:
     """Labels [n] of the tree cut into so many groups, or fewer where branches part at one height."""
+    from scipy.cluster import hierarchy
+
     return numbered(hierarchy.fcluster(tree, groups, "maxclust"))
 
 

@@ -8,45 +8,16 @@ there are enough, what a model sees is what the models inside it see, and one st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from tlt_cli.errors import UsageError
 from tlt_cli.families import Fit
-from tlt_cli.model.decoder import Decoder
 from tlt_cli.model.nested import splits
-from tlt_cli.training.nested import level_name
-from tlt_cli.training.objective import Loss, Objective, next_token
 from tlt_cli.training.windows import Batch
 
 _BITS = 32  # of a row's place in its stream
-
-
-def fractal(
-    inner: Sequence[Sequence[Decoder]], weights: Sequence[float], *, streams: int, objective: Objective = next_token
-) -> Objective:
-    """The objective of the whole, of all rows, and of each level's models, each of its own rows among the `streams`.
-
-    `inner` are the models level by level, `weights` the levels' shares in the loss, the whole's first. The log has
-    each level's own loss as loss_level_<n>.
-    """
-
-    def together(decoder: Decoder, batch: Batch) -> Loss:
-        whole = objective(decoder, batch)
-        total, numbers = weights[0] * whole.total, dict(whole.numbers)
-        for level, models in enumerate(inner, start=1):
-            chosen = assigned(batch, streams, len(models))
-            nll = torch.zeros_like(whole.nll)
-            for at in sorted(set(chosen.tolist())):
-                loss = objective(models[at], batch[(chosen == at).nonzero()[:, 0]])
-                total, nll = total + weights[level] * loss.total, nll + loss.nll
-            numbers[level_name(level)] = nll
-        return Loss(total, whole.nll, numbers)
-
-    return together
 
 
 def assigned(batch: Batch, streams: int, models: int) -> Tensor:

@@ -97,10 +97,15 @@ def hierarchy_objective(
     def objective(decoder: Decoder, batch: Batch) -> Loss:
         read = partial(in_chunks, partial(losses, decoder), decoder, wanted=targets(batch))
         nll, *nested = read_stream(decoder, batch, read).unbind()
-        numbers = {f"loss_at_{prefix}": each.detach() for prefix, each in zip(prefixes, nested, strict=True)}
+        numbers = {loss_name(prefix): each.detach() for prefix, each in zip(prefixes, nested, strict=True)}
         return Loss(nll + weight * torch.stack(nested).sum(), nll.detach(), numbers)
 
     return objective
+
+
+def loss_name(prefix: int) -> str:
+    """What a prefix's loss is called in logs and reports."""
+    return f"loss_at_{prefix}"
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -157,7 +162,7 @@ class Hierarchy:
         every, done = -(-steps // _FOUND_ANEW), step + 1
         if self.kind != EMERGENT or done % every or 2 * done < steps or done == steps:
             return
-        rows = token_rows(decoder, self.tokens)
+        rows = token_rows(head_rows(decoder), self.tokens)
         for prefix in self.prefixes:
             labels = torch.from_numpy(clustered(rows[:, :prefix], *self._bounds(prefix)).labels)
             replicate([labels], world)  # other ranks may round otherwise
@@ -187,11 +192,11 @@ class Hierarchy:
 
     def scores(self, decoder: Decoder) -> dict[str, float]:
         """How well every prefix is ordered, as silhouette_at_8 and so on: see `Clustering.scores`. For every rank."""
-        found = {}
+        found, head = {}, head_rows(decoder)  # gathered by all ranks
         for prefix in self.prefixes:
             categories = self.given.get(prefix)
             tokens = self.tokens if categories is None else self._most_frequent(categories.tokens)
-            rows = token_rows(decoder, tokens)[:, :prefix]  # by all ranks
+            rows = token_rows(head, tokens)[:, :prefix]
             if len(tokens) > 1:
                 labels = None if categories is None else categories.labels[tokens]
                 if labels is not None:
@@ -203,9 +208,10 @@ class Hierarchy:
         return found
 
 
-def token_rows(decoder: Decoder, tokens: np.ndarray) -> np.ndarray:
-    """The rows of some tokens that logits are made with, [n, H] float32. TltError where they are no numbers."""
-    rows = head_rows(decoder)[torch.from_numpy(tokens).to(decoder.device)].float().cpu().numpy()
+def token_rows(head: Tensor, tokens: np.ndarray) -> np.ndarray:
+    """Of the rows that logits are made with, [V, H], those of some tokens, [n, H] float32. TltError where they are no
+    numbers."""
+    rows = head[torch.from_numpy(tokens).to(head.device)].float().cpu().numpy()
     if not np.isfinite(rows).all():
         raise TltError("the embedding holds NaN or infinite values: train at a lower rate")
     return rows

@@ -1,8 +1,8 @@
 """Models inside a model, trained together: each level is the same weights, cut, and has a share in the loss.
 
 A level runs in place (`inside`): what it reads are views of the whole's weights, so that its gradient is the whole's.
-Every level sees every row (arXiv:2205.13147, arXiv:2310.07707 nest like this); where rows are shared out among a
-level's models see `fractal`.
+Where it is one model, that sees every row (arXiv:2205.13147, arXiv:2310.07707 nest like this); several share the rows
+out among them (`fractal`).
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from tlt_cli.errors import UsageError
 from tlt_cli.families import Fit
 from tlt_cli.model.decoder import Decoder
 from tlt_cli.model.nested import Level, levels
 from tlt_cli.model.part import Child, child, inside
+from tlt_cli.training.fractal import assigned
 from tlt_cli.training.objective import Loss, Objective, next_token
 from tlt_cli.training.windows import Batch
 
@@ -55,10 +57,12 @@ def shares(count: int, weights: Sequence[float] | None = None) -> tuple[float, .
     return tuple(weight / sum(chosen) for weight in chosen)
 
 
-def nested(
-    inner: Sequence[Decoder], weights: Sequence[float], *, objective: Objective = next_token, drawn: Drawn | None = None
-) -> Objective:
-    """The objective of the whole and of every level inside, all of every row, `weights` of them, the whole's first.
+def of_levels(
+    inner: Sequence[Sequence[Decoder]], weights: Sequence[float], *, streams: int = 1,
+    objective: Objective = next_token, drawn: Drawn | None = None,
+) -> Objective:  # fmt: skip
+    """The objective of the whole and of the models inside, level by level: all rows in each, `weights` of the levels,
+    the whole's first. The models of a level share out rows of that many `streams`.
 
     With `drawn` a step has one of the levels inside beside the whole, for all of them: its weight times their number.
     The log has each level's own loss as loss_level_<n>.
@@ -69,9 +73,12 @@ def nested(
         whole = objective(decoder, batch)
         total, numbers = weights[0] * whole.total, dict(whole.numbers)
         for at in chosen:
-            loss = objective(inner[at], batch)
-            total = total + weights[at + 1] * len(inner) / len(chosen) * loss.total
-            numbers[level_name(at + 1)] = loss.nll
+            given, nll = assigned(batch, streams, len(inner[at])), torch.zeros_like(whole.nll)
+            for model in sorted(set(given.tolist())):
+                loss = objective(inner[at][model], batch[(given == model).nonzero()[:, 0]])
+                total = total + weights[at + 1] * len(inner) / len(chosen) * loss.total
+                nll = nll + loss.nll
+            numbers[level_name(at + 1)] = nll
         return Loss(total, whole.nll, numbers)
 
     return together

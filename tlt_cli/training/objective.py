@@ -20,6 +20,7 @@ from tlt_cli.model.decoder import Decoder
 from tlt_cli.training.cross_entropy import summed_cross_entropy
 from tlt_cli.training.windows import IGNORED, Batch, targets
 
+KL = "kl"  # what a divergence from a teacher is called in logs and reports
 LOGIT_BYTES = 1 << 28  # of logits that are kept at once; larger ones are made again on the way back
 
 
@@ -27,7 +28,7 @@ LOGIT_BYTES = 1 << 28  # of logits that are kept at once; larger ones are made a
 class Loss:
     """Sums over scored tokens: `total` is differentiated, `nll` is the cross-entropy in it, detached.
 
-    `numbers`, detached too, are what else the log shows as means per token: the same names in every call.
+    `numbers`, detached too, are what else the log shows as means per token: the same names in every call of a step.
     """
 
     total: Tensor
@@ -66,7 +67,7 @@ def distillation(teacher: Decoder, *, share: float = 1.0, temperature: float = 1
             return kl, nll
 
         kl, nll = read_stream(decoder, batch, read)
-        return Loss(share * kl + (1 - share) * nll if share < 1 else kl, nll.detach(), {"kl": kl.detach()})
+        return Loss(share * kl + (1 - share) * nll if share < 1 else kl, nll.detach(), {KL: kl.detach()})
 
     return objective
 

@@ -15,12 +15,12 @@ from torch.nn import functional
 
 from tlt_cli.errors import TltError, UsageError
 from tlt_cli.model.decoder import Decoder
+from tlt_cli.model.nested import NESTED, PREFIXES
 from tlt_cli.training.world import whole
 
 _SHARES = (8, 4, 2)
 _SHORTEST = 2  # entries that have a direction
 _SHORTEST_HALF = 8
-KEY = "prefixes"  # of config.json
 
 
 def usual_prefixes(width: int) -> tuple[int, ...]:
@@ -49,7 +49,7 @@ def parsed_prefixes(text: str) -> tuple[int, ...]:
 
 def stated_prefixes(config: Mapping[str, Any], width: int) -> tuple[int, ...]:
     """The lengths below the width that config.json says a model was trained with, as prefixes or as nested sizes."""
-    listed, nested = config.get(KEY), config.get("nested")
+    listed, nested = config.get(PREFIXES), config.get(NESTED)
     if not isinstance(listed, list):
         levels = nested.get("levels") if isinstance(nested, dict) else None
         listed = [level.get("dim") for level in levels if isinstance(level, dict)] if isinstance(levels, list) else []
