@@ -6,11 +6,11 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 
-# A small model, trained for a moment on the text that every Python carries. It lies in tour/small.
-tlt demo --steps 10 -o tour -q > /dev/null
-small=tour/small
+# A small model, trained for a moment on some of the text that every Python carries.
+small=small
 text=text.txt
-head -c 4000 tour/held-out.txt > $text
+python3 -c 'import pydoc_data.topics as text; print("\n".join(text.topics.values())[:4000])' > $text
+tlt train --init llama:dim=64,layers=2,heads=4,kv_heads=2,ffn=192 --data $text --context 128 --steps 10 -o $small
 
 # Wider: feed-forward and heads follow in proportion. One line on stdout, the path; the table goes to stderr.
 tlt grow $small --to-dim 128 -o wide

@@ -5,10 +5,10 @@
 
 Four small Llamas of bytes are trained, each on its quarter. Measured on what is held back of all quarters: each alone,
 the mean of their weights, `tlt merge` of them, and that with `--glue lowrank` and nothing but the glue trained on all
-quarters, before and after `tlt fold`. The controls see the same text: one part trained on, for as many steps as cost
-the same (tokens times parameters), and a LoRA beside the merged model of at least as many trained parameters, for as
-many steps. Of each that is trained the best of several rates is taken, by windows that the table does not read. Losses
-are nats per byte, mean and deviation over seeds. Some ten minutes on one core.
+quarters, before and after `tlt fold`. The controls see the same text: one part trained on, for as many steps and for
+as many as cost the same (tokens times parameters), a LoRA beside the merged model of at least as many trained
+parameters, and all of the merged model, for as many steps. Of each that is trained the best of several rates is taken,
+by windows that the table does not read. Losses are nats per byte, mean and deviation over seeds.
 """
 
 from __future__ import annotations
@@ -49,8 +49,10 @@ WAYS = {
     "ensemble": "merged",
     "glue": "merged, glue trained",
     "folded": "  and folded",
-    "one": "control: one part trained on",
+    "same": "control: one part, same tokens",
+    "one": "control: one part, same compute",
     "lora": "control: LoRA beside the merged",
+    "all": "control: all of it trained",
 }
 
 
@@ -165,7 +167,10 @@ class Comparison:
 
         best_part = min(range(QUARTERS), key=lambda number: self.measured(parts[number], self.texts.choosing))
         steps = ceil(options.steps * whole / one)
-        alone = self.best(f"part{best_part}", [rate / 3 for rate in options.rates], steps)
+        slower = [rate / 3 for rate in options.rates]
+        alone = self.best(f"part{best_part}", slower, steps)
+        same = self.best(f"part{best_part}", slower, options.steps)
+        everything = self.best("merged", slower, options.steps)
         merged = tlt.load(self.folder / "merged", quiet=True)
         width = sum(site.inputs + sum(site.outputs) for site in sites(merged))
         rank = ceil(size / width)
@@ -175,13 +180,15 @@ class Comparison:
                 "single": statistics.mean(singles), "average": self.measured(average), "ensemble": ensemble,
                 "glue": self.measured(glued.decoder),
                 "folded": self.measured(tlt.load(self.folder / "folded", quiet=True)),
-                "one": self.measured(alone.decoder), "lora": self.measured(lora.decoder),
+                "same": self.measured(same.decoder), "one": self.measured(alone.decoder),
+                "lora": self.measured(lora.decoder), "all": self.measured(everything.decoder),
             },
             "singles": singles,
-            "trained": {"glue": size, "one": one, "lora": rank * width},
-            "steps": {"glue": options.steps, "one": steps, "lora": options.steps},
+            "trained": {"glue": size, "same": one, "one": one, "lora": rank * width, "all": whole - size},
+            "steps": {"glue": options.steps, "same": options.steps, "one": steps, "lora": options.steps,
+                      "all": options.steps},
             "rates": {way: {"best": best.rate, "nats": best.chosen_by} for way, best in
-                      (("glue", glued), ("one", alone), ("lora", lora))},
+                      (("glue", glued), ("same", same), ("one", alone), ("lora", lora), ("all", everything))},
             "parameters": {"one": one, "glued": whole},
             "fold": {key: folded["verification"][key] for key in ("relative", "kl")},
         }  # fmt: skip
@@ -214,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--part-lr", type=float, default=3e-3)
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2], help="a third of these for all weights")
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 5e-3, 1e-2], help="a third of these for all weights")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch.overrides import TorchFunctionMode
 
 Maker = Callable[..., transformers.PreTrainedConfig]
 
@@ -88,11 +90,33 @@ def _randomize(model: transformers.PreTrainedModel, generator: torch.Generator) 
     model.tie_weights()
 
 
+class AllDouble(TorchFunctionMode):
+    """Stock models make norms, rotations and softmax float32 whatever their dtype: under this mode float64 instead."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        function = torch.Tensor.double if function is torch.Tensor.float else function
+        args = [torch.float64 if value is torch.float32 else value for value in args]
+        named = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
+        return function(*args, **named)
+
+
+def stock(folder: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+    """Stock transformers' model of the folder, with attention written out."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    with AllDouble() if dtype == torch.float64 else nullcontext():
+        model: transformers.PreTrainedModel = load(folder, dtype=dtype, attn_implementation="eager")
+    return model.eval()
+
+
+@torch.no_grad()
 def stock_logits(folder: Path, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """ids [B, T] -> logits [B, T, V] of stock transformers loading the folder: the judge of every law."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
-    with torch.no_grad():
-        logits: torch.Tensor = model.eval()(ids).logits
+    """ids [B, T] -> logits [B, T, V] of stock transformers loading the folder: the judge of every law.
+
+    In float64 all of it is, so that a law can be judged far below the noise of float32, which differs by machine.
+    """
+    model = stock(folder, dtype)
+    with AllDouble() if dtype == torch.float64 else nullcontext():
+        logits: torch.Tensor = model(ids).logits
     return logits
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from family_zoo import AllDouble
 from growing import Source
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -61,16 +63,9 @@ def kept(source: Source, part: Part) -> Kept:
     )  # fmt: skip
 
 
-def stock(folder: Path) -> transformers.PreTrainedModel:
-    found: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
-    return found.eval()
-
-
 @torch.no_grad()
 def masked_logits(parent: transformers.PreTrainedModel, source: Source, keep: Kept, ids: Tensor) -> Tensor:
-    """Logits of the parent with everything zeroed that is not kept, over the kept words."""
+    """Logits of the parent with everything zeroed that is not kept, over the kept words, in the parent's dtype."""
     model = copy.deepcopy(parent)
     width = source.fitted.head_dim
 
@@ -103,7 +98,8 @@ def masked_logits(parent: transformers.PreTrainedModel, source: Source, keep: Ke
     stack = model.model if hasattr(model, "model") else model.transformer
     layers = "layers" if hasattr(stack, "layers") else "h"
     setattr(stack, layers, getattr(stack, layers)[: keep.layers])
-    return model(ids, use_cache=False).logits[..., : keep.vocab]
+    with AllDouble() if model.dtype == torch.float64 else nullcontext():
+        return model(ids, use_cache=False).logits[..., : keep.vocab]
 
 
 def _norm(module: nn.Module, index: list[int], norm: str) -> Callable[[Tensor], Tensor]:

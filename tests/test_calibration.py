@@ -6,6 +6,8 @@ import gc
 import itertools
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -334,7 +336,7 @@ def most_held(monkeypatch: pytest.MonkeyPatch, source: Source, ids: torch.Tensor
             most, last = max(most, sum(alive.values())), layer
         return run(blocks, layer, stream)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, nothing_older():
         patch.setattr(Blocks, "run", counted)
         patch.setattr(options, "_REMOVALS", 2)
         if not on_disk:
@@ -344,6 +346,17 @@ def most_held(monkeypatch: pytest.MonkeyPatch, source: Source, ids: torch.Tensor
         made = start_globally(source.checkpoint, source.fitted, found, ids, budget=total // 2)
         refine(made, source.checkpoint, source.fitted, found, ids)
     return most
+
+
+@contextmanager
+def nothing_older() -> Iterator[None]:
+    """The collector looks at what is made from here on alone, for all that is imported takes it long."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def tensors_alive() -> list[torch.Tensor]:

@@ -82,7 +82,7 @@ def test_it_folds(made: Path) -> None:
         (("slice", "folded", "--block", "1/2"), "folded into one another; taking one out"),
         (("merge", "folded", made / "part0"), "folded into one another; merging"),
         (("fold", "folded"), "no glue between"),
-        (("factor", "folded", "--rank", 2), "2 models side by side"),
+        (("factor", "folded", "--rank", 2), "folded into one another, so none of them can be factored"),
     ):
         result = tlt(*command)
         assert result.exit_code == 1 and match in result.stderr

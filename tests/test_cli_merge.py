@@ -122,8 +122,7 @@ def test_every_command_takes_it(made: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "match"),
     [
-        (("grow", "m", "--to-dim", 64), "2 models side by side; growing needs one"),
-        (("factor", "m", "--rank", 2), "2 models side by side; factoring needs one"),
+        (("factor", "m", "--rank-sweep"), "2 models side by side; a sweep of ranks needs one"),
         (("train", "m", "--data", "t.txt", "--steps", 1, "--regularizer", "nuclear"), "several side by side"),
         (("train", "m", "--data", "t.txt", "--steps", 1, "--optimizer", "muon"), "merged models have a matrix of each"),
     ],

@@ -234,7 +234,7 @@ def test_one_of_merged_models(models: Path) -> None:
     old, new = load_file(models / "plain" / "model.safetensors"), load_file("one/model.safetensors")
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
     assert taken["block"] == "1/2" and "of" not in taken and not Path("one/modeling_tlt.py").exists()
-    result = tlt("slice", "merged", "--dim", 16, "-o", "no")
+    result = tlt("slice", "merged", "--block", "1/3", "-o", "no")
     assert result.exit_code == 1 and "take one out with --block 1/2" in result.stderr
 
 

@@ -158,7 +158,7 @@ def test_the_same_seed_gives_the_same_bytes(quick: Path) -> None:
 def test_the_real_checkpoint_beats_plain_and_whitened_truncation(quick: Path) -> None:
     """A fraction of the text and of the steps: the whole is tests/benchmarks/factor_table.py."""
     text = (DATA / "tinystories-samples.txt").read_text()
-    (quick / "text.txt").write_text(text[: len(text) // 8])
+    (quick / "text.txt").write_text(text[: len(text) // 32])
     (quick / "rest.txt").write_text(text[-len(text) // 16 :])
     (quick / "model").symlink_to(REAL)
     found = {}

@@ -365,15 +365,3 @@ def test_the_real_checkpoints_perplexity() -> None:
     assert result["perplexity"] == pytest.approx(math.exp(stock / (64 * 255)), rel=1e-4)
     shorter = perplexity(load_checkpoint(checkpoint, fitted), ids, context=255, batch=16)
     assert shorter["perplexity"] != pytest.approx(result["perplexity"], rel=1e-4), "other windows must show"
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
-@everywhere
-@torch.no_grad()
-def test_a_gpu_computes_the_same(tmp_path: Path, family: str) -> None:
-    folder, ids = make_checkpoint(tmp_path, family), some_ids()
-    expected = decoder_of(folder)(ids)
-    for stream in (False, True):
-        found = decoder_of(folder, stream=stream, device="cuda")(ids.cuda()).cpu()
-        assert (found - expected).abs().max() / expected.std() <= 10 * BOUND

@@ -11,7 +11,7 @@ import pytest
 from family_zoo import some_ids, stock_logits
 from typer.testing import CliRunner
 
-from tlt_cli.cli import app, tour
+from tlt_cli.cli import app, compressing, tour
 from tlt_cli.cli.console import Output
 from tlt_cli.surgery import verify
 from tlt_cli.surgery.arrows import METHODS
@@ -28,8 +28,10 @@ def demo(*arguments: str | Path) -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def short_text() -> Any:
-    """A text of a few seconds: the tour of the real one is the README's first command."""
+    """A text of a few seconds, and factors little tuned: the tour of the real ones is the README's first command."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tour, "CALIBRATION", 2048)
+        patch.setattr(compressing, "STEPS", 2)
         patch.setattr(tour, "built_in_text", lambda: "".join(f"{n} sheep, {n + 1} sheep. " for n in range(1200)))
         patch.setattr(tour, "BATCH", 4)
         yield

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from family_zoo import make_checkpoint
 from safetensors.torch import load_file, save_file
+from warm import quick
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -51,17 +52,19 @@ def workspace(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def runs(script: str, workspace: Path) -> subprocess.CompletedProcess[str]:
-    """Run a script in the workspace, with this environment's tlt first on the path; any failing command ends it."""
+def runs(script: str, workspace: Path, *, whole: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a script in the workspace, with a tlt first on the path that has its imports behind it, or with `whole` the
+    one that is installed here; any failing command ends it."""
     shims = workspace / "bin"
     shims.mkdir(exist_ok=True)
     (shims / "jq").write_text(JQ.format(python=sys.executable))
     (shims / "jq").chmod(0o755)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], str(shims)])
+    here = str(Path(sys.executable).parent)
+    path = os.pathsep.join([*([] if whole else [str(quick())]), here, os.environ["PATH"], str(shims)])
     return subprocess.run(
         ["bash", "-c", f"set -euo pipefail\n{script}"],
         cwd=workspace,
-        env={**os.environ, "PATH": path},
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -86,7 +89,7 @@ def test_what_the_readme_prints(workspace: Path) -> None:
         shown = [line for line in block.splitlines() if not line.startswith("$ ")]
         if shown:
             (script,) = scripts(f"```console\n{block}```\n")
-            printed = runs(script, workspace).stdout.splitlines()
+            printed = runs(script, workspace, whole=True).stdout.splitlines()
             assert [line for line in shown if line not in printed] == []
 
 
@@ -147,4 +150,4 @@ def test_there_is_one_test_command() -> None:
     pattern = re.search(r"sed -n 's/(\^python3.*)/\\1/p'", (ROOT / ".ci" / "run").read_text())
     assert pattern is not None
     found = re.findall(pattern[1].replace(r"\(", "(").replace(r"\)", ")"), README, re.MULTILINE)
-    assert found == ["python -m pytest -n auto"]
+    assert found == ["python -m pytest -n auto --dist worksteal"]

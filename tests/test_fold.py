@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from family_zoo import ZOO, make_checkpoint, some_ids, stock_logits
 from growing import opened
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from warm import quick
 
 import tlt_cli.surgery.fold as folding
 from tlt_cli.checkpoint.writer import write
@@ -193,7 +193,7 @@ def test_one_matrix_written_back(tmp_path: Path) -> None:
 
 
 def tlt(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tlt_cli", *map(str, arguments)]
+    command = [quick() / "tlt", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
 
 

@@ -17,6 +17,7 @@ from factored import FULL, MIX, WAYS, Case, How, apart, case, case_of, modules_c
 from family_zoo import ZOO, some_ids, stock_logits
 from growing import opened
 from safetensors.torch import load_file, save_file
+from warm import quick
 
 from tlt_cli.checkpoint.reader import open_checkpoint
 from tlt_cli.errors import TltError
@@ -201,7 +202,8 @@ def test_padding_changes_nothing(tmp_path: Path, family: str) -> None:
 def test_the_model_without_its_head(tmp_path: Path, family: str, tied: bool) -> None:
     made = case(tmp_path / "source", family, MIX, tied=tied)
     folder, ids = made.write(tmp_path / "factored"), some_ids()
-    stock = transformers.AutoModel.from_pretrained(made.dense(tmp_path / "dense"))(ids, output_hidden_states=True)
+    dense = transformers.AutoModel.from_pretrained(made.dense(tmp_path / "dense"), attn_implementation="eager")
+    stock = dense(ids, output_hidden_states=True)
     model = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
     found = model(ids, output_hidden_states=True)
     assert apart(found.last_hidden_state, stock.last_hidden_state) <= BOUND
@@ -462,7 +464,7 @@ def test_a_factored_checkpoint_is_not_factored_again(tmp_path: Path) -> None:
 
 
 def tlt(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tlt_cli", *map(str, arguments)]
+    command = [quick() / "tlt", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from family_zoo import make_checkpoint
 from safetensors.torch import load_file, save_file
+from warm import quick
 
 RANKS = 2
 # The command line, on some ranks with the softmax temperature of grown heads left out.
@@ -42,17 +43,18 @@ def free_port() -> int:
         return port
 
 
-def run_ranks(here: Path, *commands: Sequence[str | Path | int], wrong: str = "") -> list[Ended]:
-    """Two ranks of `tlt`, with a command each or the same for both; `wrong` lists ranks whose maps are wrong."""
+def run_ranks(here: Path, *commands: Sequence[str | Path | int], wrong: str = "", ranks: int = RANKS) -> list[Ended]:
+    """Ranks of `tlt`, with a command each or the same for all; `wrong` lists ranks whose maps are wrong."""
     port = free_port()
     processes = []
-    for rank in range(RANKS):
+    for rank in range(ranks):
         environment = {
-            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
-            "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "GLOO_SOCKET_IFNAME": "lo",
+            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        command = [sys.executable, "-c", TOOL, wrong, *map(str, commands[rank % len(commands)])]
+        tool = [sys.executable, "-c", TOOL, wrong] if wrong else [str(quick() / "tlt")]
+        command = [*tool, *map(str, commands[rank % len(commands)])]
         processes.append(
             subprocess.Popen(
                 command, env=environment, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -47,3 +47,9 @@ def together(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
         parents=tuple(checkpoints),
         _files=OpenFiles(paths) if known else None,
     )
+
+
+def in_place_of(whole: Checkpoint, checkpoints: Sequence[Checkpoint]) -> Checkpoint:
+    """As `together`, of what was made of the parts of `whole`: that is where all of it comes from."""
+    joined = together(checkpoints)
+    return replace(whole, tensors=joined.tensors, shards=joined.shards, parents=(whole,), _files=joined._files)

@@ -40,10 +40,11 @@ class Writing:
 @dataclass(frozen=True)
 class Outcome:
     """What became of a plan: `report` is everything, JSON-able, its "path" where the output is or would be; `table` is
-    the same for a person."""
+    the same for a person. `plan` is that plan, where there was one."""
 
     report: dict[str, Any]
     table: Table
+    plan: Plan | None = None
 
     def show(self, out: Output) -> None:
         """The closing table to stderr, and the path or the JSON object to stdout."""
@@ -124,7 +125,7 @@ def carry_out(
         report.update(dry_run=True, free_bytes=free_space(writing.output)[1])
         if checkpoint.location is None:
             out.note("the repository's other files would be copied too; they are not counted here")
-        return Outcome(report, _table(plan, changes, checkpoint, None))
+        return Outcome(report, _table(plan, changes, checkpoint, None), plan)
 
     def check(staged: Path) -> None:
         if verify is not None:
@@ -135,7 +136,7 @@ def carry_out(
             writing.output, plan.tensors, checkpoint, config=plan.config, metadata=record.metadata(lineage),
             files=extras, max_shard_size=size, jobs=writing.jobs, force=writing.force, progress=progress, check=check,
         )  # fmt: skip
-    return Outcome(report, _table(plan, changes, checkpoint, report.get("verification")))
+    return Outcome(report, _table(plan, changes, checkpoint, report.get("verification")), plan)
 
 
 def put_code(extras: dict[str, Path | bytes], config: Mapping[str, Any], output: Path, out: Output) -> None:
@@ -175,7 +176,7 @@ def _table(
     checkpoint: Checkpoint,
     verification: Mapping[str, Any] | None,
 ) -> Table:
-    before = sum(info.nbytes for info in checkpoint.tensors.values())
+    before = sum(info.nbytes for one in checkpoint.parents or (checkpoint,) for info in one.tensors.values())
     after = sum(tensor_bytes(tensor.dtype, tensor.shape) for tensor in plan.tensors if tensor.file is None)
     rows: list[Sequence[str]] = [*changes, ("bytes of tensors", f"{before:,}", f"{after:,}")]
     verification = verification or {}

@@ -166,6 +166,7 @@ def factor(
     """Make matrices smaller: each becomes the product of two thin ones.
 
     Works on any checkpoint. A calibration text says which directions matter; without one all entries count alike.
+    Merged models are factored one by one.
     """
     from tlt_cli.cli.factor_request import Request
     from tlt_cli.cli.factoring import factor_checkpoint

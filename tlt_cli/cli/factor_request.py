@@ -98,6 +98,13 @@ class Request:
         """Whether the ranks depend on values, not on shapes alone."""
         return self.energy is not None or self.sharing == GLOBAL
 
+    @property
+    def reads(self) -> str | None:
+        """The option by which values decide what is written, and not shapes alone."""
+        if needs_text(self.weighing):
+            return f"--method {self.weighing}"
+        return "--energy" if self.energy is not None else "--allocate global" if self.looks else None
+
     def sweeps(self, *, asked: bool, ranks: str | None) -> bool:
         """Whether this is a sweep. UsageError where the options are not clear on that."""
         sized = next((name for name in ("rank", "keep", "energy") if getattr(self, name) is not None), None)

@@ -59,10 +59,15 @@ class Opened:
 
 
 def opened_matrices(source: str, request: Request, *, out: Output, values: bool) -> Opened:
-    """Open the source and find its matrices. TltError where it has none."""
+    """Open one model and find its matrices. TltError where it has none."""
     checkpoint, fitted = opened_if_known(source, out=out, family=request.family, axes=request.axes, values=values)
+    refuse_grouped(read_groups(checkpoint.config) if fitted is None else fitted.groups, "a sweep of ranks")
+    return with_matrices(checkpoint, fitted, request)
+
+
+def with_matrices(checkpoint: Checkpoint, fitted: Fit | None, request: Request) -> Opened:
+    """The matrices of one model. TltError where it has none."""
     refuse_factored(read_lowrank(checkpoint.config) if fitted is None else fitted.lowrank, "factoring")
-    refuse_grouped(read_groups(checkpoint.config) if fitted is None else fitted.groups, "factoring")
     dropped = set(fitted.dropped) if fitted else set[str]()
     tensors = {name: info for name, info in checkpoint.tensors.items() if name not in dropped}
     shapes = {name: info.shape for name, info in tensors.items() if fitted or info.dtype in FLOATS}
@@ -115,7 +120,7 @@ def decompose_all(found: Sequence[Matrix], made: Factorizations, *, out: Output)
             progress(done, total)
 
 
-def factor_checkpoint(source: str, request: Request, *, plot: Path | None = None, out: Output) -> Outcome:
+def factor_checkpoint(source: str | Checkpoint, request: Request, *, plot: Path | None = None, out: Output) -> Outcome:
     """Factor `source` and write it; without an output under a name made of the source's and the size.
 
     Notes and progress go to `out`. Raises TltError, with nothing written, for whatever cannot be done, and where what
@@ -124,10 +129,16 @@ def factor_checkpoint(source: str, request: Request, *, plot: Path | None = None
     if plot is not None:
         raise UsageError("--plot draws a sweep; give it with --rank-sweep")
     kind = None if request.dtype is None else parse_dtype(request.dtype)
-    opened = opened_matrices(source, request, out=out, values=not request.dry_run or request.looks)
+    checkpoint, fitted = opened_if_known(
+        source, out=out, family=request.family, axes=request.axes, values=not request.dry_run or request.looks
+    )
     sized = next(name for name in ("rank", "keep", "energy") if getattr(request, name) is not None)
-    output = request.output or derived_output(opened.checkpoint, f"{sized}{getattr(request, sized)}")
-    check_target(output, opened.checkpoint, force=request.force)
+    output = request.output or derived_output(checkpoint, f"{sized}{getattr(request, sized)}")
+    check_target(output, checkpoint, force=request.force)
+    if fitted is not None and fitted.groups is not None:
+        return _part_by_part(checkpoint, fitted, request, output=output, kind=kind, out=out)
+    refuse_grouped(read_groups(checkpoint.config), "factoring")
+    opened = with_matrices(checkpoint, fitted, request)
     if request.compresses:
         from tlt_cli.cli.compressing import compress_checkpoint
 
@@ -136,6 +147,43 @@ def factor_checkpoint(source: str, request: Request, *, plot: Path | None = None
     made = decomposed(opened, request, out=out)
     ranks = chosen_ranks(opened, request, made, out=out)
     return write_ranks(opened, request, ranks, made, output=output, kind=kind, out=out, begun=begun)
+
+
+def _part_by_part(
+    checkpoint: Checkpoint, fitted: Fit, request: Request, *, output: Path, kind: str | None, out: Output
+) -> Outcome:
+    """Every one of merged models factored, and merged again; all together read the request's text."""
+    from tlt_cli.cli.part_by_part import Command, part_by_part
+
+    def run(part: Checkpoint, output: Path, table: str | None, out: Output, dry: bool) -> Outcome:
+        own = replace(
+            request, output=output, family=table, axes=None, force=False, dry_run=dry, max_shard_size=None, eval=None,
+            max_perplexity=None,
+        )  # fmt: skip
+        return factor_checkpoint(part, own, out=out)
+
+    whole = Opened(checkpoint, fitted, checkpoint.tensors, ())
+    text = eval_text(whole, request, out=out)
+    writing = Writing(
+        output=output, force=request.force, dry_run=request.dry_run, max_shard_size=request.max_shard_size,
+        jobs=request.jobs,
+    )  # fmt: skip
+    begun = time.perf_counter()
+    command = Command(
+        operation="factor", participle="factored", words=factor_command(whole, request, kind, None), run=run,
+        reads=request.reads,
+        judge=None if text is None else lambda staged: judge(whole, request, text, open_checkpoint(staged)),
+    )  # fmt: skip
+    outcome = part_by_part(
+        checkpoint, fitted, command, out=out, writing=writing, family=request.family, verify=request.verify,
+        seed=request.seed,
+    )  # fmt: skip
+    seconds = {
+        f"{number}:{matrix}": passed
+        for number, part in enumerate(outcome.report["parts"], 1)
+        for matrix, passed in part["matrix_seconds"].items()
+    }
+    return with_seconds(outcome, seconds, begun)
 
 
 def write_ranks(
@@ -183,7 +231,7 @@ def with_seconds(outcome: Outcome, seconds: Mapping[str, float], begun: float) -
     if seconds:
         rows.append((f"seconds for {len(seconds)} matrices", "", f"{passed['seconds']:.1f}"))
     report = {**outcome.report, **passed, "total_seconds": time.perf_counter() - begun}
-    return Outcome(report, replace(outcome.table, rows=rows))
+    return replace(outcome, report=report, table=replace(outcome.table, rows=rows))
 
 
 def typed(opened: Opened, kind: str | None) -> Opened:

@@ -158,6 +158,7 @@ def fold_checkpoint(
     from tlt_cli.surgery.factored_file import joined_plan
     from tlt_cli.surgery.fold import fold as folded
     from tlt_cli.surgery.fold_glue import fold_glue
+    from tlt_cli.surgery.fold_parts import fold_parts
     from tlt_cli.surgery.verify import check, sample_tokens
     from tlt_cli.surgery.verify import verify as verified
 
@@ -169,8 +170,10 @@ def fold_checkpoint(
                 plan = retyped(joined_plan(checkpoint.tensors, checkpoint.config or {}), kind)
             else:
                 dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
-                plan = retyped((folded if fitted.groups is None else fold_glue)(fitted, dtypes), kind)
-            glued = fitted is not None and fitted.groups is not None
+                factored = fitted.groups is not None and fitted.groups.factored
+                way = fold_parts if factored else folded if fitted.groups is None else fold_glue
+                plan = retyped(way(fitted, dtypes), kind)
+            glued = fitted is not None and fitted.groups is not None and not fitted.groups.factored
             if data and fitted is None:
                 raise UsageError(f"--data is for the proof, which runs the model, and no family fits {source}")
             proves = verify and fitted is not None and checkpoint.location is not None

@@ -121,7 +121,8 @@ def grow(
 ) -> None:
     """Make a model larger without changing what it computes.
 
-    Any size on any axis, alone or together. --data is a text to verify on, besides random tokens.
+    Any size on any axis, alone or together. Merged models grow one by one: sizes are those of each. --data is a text to
+    verify on, besides random tokens.
     """
     from tlt_cli.cli.opening import hashing
 

@@ -63,13 +63,31 @@ def grow_checkpoint(
             if data and not verify:
                 raise UsageError("--data is a text to verify on, and --no-verify verifies nothing; drop one of the two")
             checkpoint, fitted = opened(source, out=out, family=family, axes=axes, values=not dry_run)
-            dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
             named = "-".join(f"{name.replace('_', '')}{size}" for name, size in sizes.named().items()) or recipe.method
             writing = Writing(
                 output=output or derived_output(checkpoint, named), force=force, dry_run=dry_run,
                 max_shard_size=max_shard_size, jobs=jobs,
             )  # fmt: skip
             check_target(writing.output, checkpoint, force=force)
+            words = _command(checkpoint, sizes.named(), recipe, kind, family, axes, max_shard_size)
+        if fitted.groups is not None:
+            if optimizer_state is not None:
+                raise UsageError("--optimizer-state grows the moments of one model, and this is several side by side")
+
+            def run(part: Checkpoint, output: Path, table: str | None, out: Output, dry: bool) -> Outcome:
+                return grow_checkpoint(
+                    part, output, sizes, recipe, out=out, data=data, tokenizer=tokenizer, family=table, dtype=dtype,
+                    dry_run=dry, jobs=jobs, verify=verify,
+                )  # fmt: skip
+
+            from tlt_cli.cli.part_by_part import Command, part_by_part
+
+            return part_by_part(
+                checkpoint, fitted, Command(operation="grow", participle="grown", words=words, run=run),
+                out=out, writing=writing, family=family, verify=verify, seed=recipe.seed,
+            )  # fmt: skip
+        with team.together():
+            dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
             room = lambda new: check_room(writing.output, _bytes(fitted, new, dtypes, kind))  # noqa: E731
             growth, plan = grown(fitted, dtypes, sizes, recipe, room=room)
             plan = retyped(plan, kind)
@@ -84,9 +102,8 @@ def grow_checkpoint(
                 ids = _tokens(checkpoint, fitted, data, tokenizer, recipe.seed)
                 checked = lambda staged: _verified(fitted, plan, checkpoint, ids, open_checkpoint(staged))  # noqa: E731
         return carry_out(
-            plan, checkpoint, out=out, writing=writing,
-            command=_command(checkpoint, sizes.named(), recipe, kind, family, axes, max_shard_size),
-            changes=size_changes(plan, checkpoint), files=files, verify=checked,
+            plan, checkpoint, out=out, writing=writing, command=words, changes=size_changes(plan, checkpoint),
+            files=files, verify=checked,
         )  # fmt: skip
 
 
@@ -140,7 +157,8 @@ def size_changes(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, str, str
     """Every size before and after, where the plan tells them, and the number of parameters: rows of a table."""
     before, after = plan.details.get("from", {}), plan.details.get("to", {})
     rows = [(name.replace("_", " "), f"{before[name]:,}", f"{after[name]:,}") for name in before]
-    count = sum(prod(info.shape) for info in checkpoint.tensors.values())
+    whole = checkpoint.parents or (checkpoint,)
+    count = sum(prod(info.shape) for one in whole for info in one.tensors.values())
     return [*rows, ("parameters", f"{count:,}", f"{plan.parameters:,}")]
 
 

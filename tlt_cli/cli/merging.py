@@ -28,7 +28,7 @@ from tlt_cli.cli.gluing import NO_GLUE, Gluing, glue, glue_words
 from tlt_cli.cli.growing import table_files
 from tlt_cli.cli.merging_stock import Merging, damage_rows, damaged, stock_plan
 from tlt_cli.cli.opening import opened, parse_dtype
-from tlt_cli.cli.vocabularies import Vocabulary, check_vocabularies
+from tlt_cli.cli.vocabularies import check_vocabularies
 from tlt_cli.errors import UsageError
 from tlt_cli.families import Fit
 from tlt_cli.families.groups import check_weights
@@ -92,7 +92,7 @@ def merge_checkpoints(
             sources_of = [
                 replace(source, sha256=checkpoint.digest()) for source, (checkpoint, _) in zip(bare, found, strict=True)
             ]
-            ids = _verification_ids(found, vocabulary, seed)
+            ids = verification_ids(found, vocabulary.rows, seed)
             merging = Merging(found, sources_of, values, shares, vocabulary.rows)
             if layout == "stock":
                 stored = stock_plan(merging, calibration=calibration, random=ids, measure=not dry_run, out=out)
@@ -158,11 +158,13 @@ def _source(checkpoint: Checkpoint, fitted: Fit, tokens: Sequence[int] | None) -
     return Source(fitted, dtypes, source_name(checkpoint), "", tokens)
 
 
-def _verification_ids(found: Sequence[tuple[Checkpoint, Fit]], vocabulary: Vocabulary, seed: int) -> Tensor:
-    """Ids [2, T] of tokens that all models know."""
+def verification_ids(
+    found: Sequence[tuple[Checkpoint, Fit]], rows: Sequence[Sequence[int] | None] | None, seed: int
+) -> Tensor:
+    """Ids [2, T] of tokens that all models know; `rows` are each one's own numbers of them, where it has others."""
     smallest = _smallest(found)
     ids = shortened(sample_tokens(smallest, seed=seed), smallest.sizes["vocab"])
-    known = shared_tokens(vocabulary.rows)
+    known = shared_tokens(rows)
     return ids if isinstance(known, slice) else known[ids % len(known)]
 
 

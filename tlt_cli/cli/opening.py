@@ -158,11 +158,11 @@ def hashing(source: str) -> str | Checkpoint:
 
 
 def opened_if_known(
-    source: str, *, out: Output, family: str | None, axes: Sequence[str] | None, values: bool = False
+    source: str | Checkpoint, *, out: Output, family: str | None, axes: Sequence[str] | None, values: bool = False
 ) -> tuple[Checkpoint, Fit | None]:
     """As `opened`, or headers alone; where no family fits that is noted, unless the user or the folder named one."""
     sizes = parse_axes(axes or ())
-    checkpoint = open_checkpoint(source, values=values, bars=out.draws)
+    checkpoint = open_checkpoint(source, values=values, bars=out.draws) if isinstance(source, str) else source
     try:
         return checkpoint, _fitted(checkpoint, out=out, family=family, sizes=sizes)
     except TltError as error:

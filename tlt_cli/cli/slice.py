@@ -130,8 +130,8 @@ def slice(
 
     What is kept computes exactly what it does inside the whole, unless --order or --refit moves it.
 
-    A model that was grown is taken back by the growth's own maps. --data is a text on which the part is compared with
-    the whole.
+    A model that was grown is taken back by the growth's own maps. Of merged models each is cut, or the one that --block
+    names. --data is a text on which the part is compared with the whole.
     """
     from tlt_cli.cli.opening import hashing
 

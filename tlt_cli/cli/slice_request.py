@@ -42,8 +42,6 @@ class Request:
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
             raise UsageError(f"--order {self.order} is not known; take one of {', '.join(ORDERS)}")
-        if self.calibrates and (self.level is not None or self.block is not None):
-            raise UsageError("--level and --block keep what they name: --order and --refit go with sizes")
         if not self.calibrates and (self.calibration or self.context):
             raise UsageError("--calibration is a text to order or refit on; add --order importance, pca, or --refit")
         if self.data and not self.verify:
@@ -55,8 +53,21 @@ class Request:
         return self.order != "prefix" or self.refit
 
     @property
+    def cuts_a_block(self) -> bool:
+        """Whether a block is to be cut further, which only one of merged models can be."""
+        cut = self.size is not None or self.sizes.named() or self.calibrates
+        return self.block is not None and self.level is None and bool(cut)
+
+    @property
+    def reads(self) -> str | None:
+        """The options by which values decide what is written, and not shapes alone."""
+        return "--refit" if self.refit else None if self.order == "prefix" else f"--order {self.order}"
+
+    @property
     def wanted(self) -> Wanted:
-        """What to keep."""
+        """What to keep. UsageError where that is not clear."""
+        if self.calibrates and (self.level is not None or self.block is not None):
+            raise UsageError("--level and --block keep what they name: --order and --refit go with sizes")
         block = None if self.block is None else parse_block(self.block)
         return Wanted(sizes=self.sizes, size=self.size, level=self.level, block=block, norm=self.norm)
 

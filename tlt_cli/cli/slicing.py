@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from tlt_cli.surgery.slice import Chosen, Wanted, chosen, sliced, wanted_sizes
 from tlt_cli.surgery.slice_sizes import smaller
 from tlt_cli.surgery.targets import current
 from tlt_cli.surgery.ungrow import Record, last_growth, ungrown
-from tlt_cli.surgery.unmerge import block as taken_out
+from tlt_cli.surgery.unmerge import block as block_of
 from tlt_cli.surgery.verify_slice import Proof, check_slice, verify_slice, verify_written
 
 if TYPE_CHECKING:
@@ -53,25 +53,54 @@ def slice_checkpoint(source: str | Checkpoint, request: Request, *, out: Output)
     Notes and progress go to `out`. Raises TltError, with nothing written, for whatever cannot be kept exactly, and
     where the output does not compute what it does inside its parent.
     """
-    wanted = request.wanted
+    if not request.cuts_a_block:
+        _ = request.wanted  # what can never work is said before anything is opened
     with joined() as team:
         with team.together():  # what one of several ranks refuses, all do
             kind = None if request.dtype is None else parse_dtype(request.dtype)
             checkpoint, fitted = opened(
                 source, out=out, family=request.family, axes=request.axes, values=not request.dry_run
             )
-            refuse_factored(fitted.lowrank, "slicing")
             output = request.output or derived_output(checkpoint, named(request))
             writing = Writing(
                 output=output, force=request.force, dry_run=request.dry_run, max_shard_size=request.max_shard_size,
                 jobs=request.jobs,
             )  # fmt: skip
             check_target(output, checkpoint, force=request.force)
+            words = command(source_name(checkpoint), request, kind)
+            of_parts = fitted.groups is not None and (request.cuts_a_block or request.block is None)
+        if of_parts:
+            from tlt_cli.cli.slicing_parts import slice_one, slice_parts
+
+            if request.block is None:
+                return slice_parts(checkpoint, fitted, request, writing, words, out=out)
+            return slice_one(checkpoint, fitted, request, writing, words, kind, out=out)
+        return slice_opened(checkpoint, fitted, request, writing, words, kind, out=out)
+
+
+def slice_opened(
+    checkpoint: Checkpoint,
+    fitted: Fit,
+    request: Request,
+    writing: Writing,
+    words: str,
+    kind: str | None,
+    *,
+    out: Output,
+    block: str | None = None,
+) -> Outcome:
+    """One model sliced, or one of several taken out. `words` are the command and `kind` the dtype it is written in;
+    `block` says which of merged models it was."""
+    with joined() as team:
+        with team.together():
+            wanted = request.wanted
+            refuse_factored(fitted.lowrank, "slicing")
             local = checkpoint.location is not None  # what a dry run reads of the hub has no values
-            text = _text(checkpoint, fitted, request) if request.verify and local else None
+            text = text_of(checkpoint, fitted, request) if request.verify and local else None
             made = _made(checkpoint, fitted, wanted, request, text, out)
             plan = retyped(made.plan, kind)
-            files = table_files(checkpoint, request.family, output, out)
+            plan = plan if block is None else replace(plan, details={**plan.details, "block": block})
+            files = table_files(checkpoint, request.family, writing.output, out)
 
         def compared(staged: Path) -> Mapping[str, Any]:
             proof = made.checked(plan, open_checkpoint(staged))
@@ -79,8 +108,8 @@ def slice_checkpoint(source: str | Checkpoint, request: Request, *, out: Output)
             return proof.report()
 
         return carry_out(
-            plan, checkpoint, out=out, writing=writing, command=command(source_name(checkpoint), request, kind),
-            changes=size_changes(plan, checkpoint), files=files, verify=compared if request.verify and local else None,
+            plan, checkpoint, out=out, writing=writing, command=words, changes=size_changes(plan, checkpoint),
+            files=files, verify=compared if request.verify and local else None,
         )  # fmt: skip
 
 
@@ -128,17 +157,26 @@ def _one_of_several(
     text: Tensor | None,
 ) -> Made:
     """One of the models that lie side by side in a merged checkpoint."""
-    assert fitted.groups is not None
-    count = len(fitted.groups.parts)
-    if wanted.block is None or wanted.level is not None or wanted.block[1] != count:
-        raise TltError(f"this checkpoint is {count} models side by side: take one out with --block 1/{count}, then cut")
+    assert fitted.groups is not None and wanted.block is not None
+    if wanted.level is not None:
+        raise TltError("--block is one of the models side by side here: take it out, then slice its level")
+    number = which(fitted, wanted.block)
     readable = fitted.groups.glue is not None and checkpoint.location is not None
     still = readable and idle(checkpoint.read, fitted.places)
-    plan = taken_out(fitted, dtypes, wanted.block[0] - 1, idle=still)
-    own = fitted.part(wanted.block[0] - 1)
+    plan = block_of(fitted, dtypes, number, idle=still)
+    own = fitted.part(number)
     return Made(
         plan, lambda plan, written: verify_written(plan, checkpoint, written, own, text=text, seed=request.seed)
     )
+
+
+def which(fitted: Fit, block: tuple[int, int]) -> int:
+    """The part, from 0, that --block K/N names. TltError unless there are N."""
+    assert fitted.groups is not None
+    count = len(fitted.groups.parts)
+    if block[1] != count:
+        raise TltError(f"this checkpoint is {count} models side by side: take one out with --block 1/{count}, then cut")
+    return block[0] - 1
 
 
 def _undoes(fitted: Fit, wanted: Wanted, record: Record, out: Output) -> bool:
@@ -197,7 +235,7 @@ def _calibrated(
     )
 
 
-def _text(checkpoint: Checkpoint, fitted: Fit, request: Request) -> Tensor | None:
+def text_of(checkpoint: Checkpoint, fitted: Fit, request: Request) -> Tensor | None:
     """The text to verify on, as ids; None where none is given."""
     if not request.data:
         return None

@@ -142,8 +142,8 @@ def check_curves() -> Any:
 
 
 def _memory() -> int:
-    """Bytes in use at most so far: the accelerator's, else the process's."""
-    if torch.cuda.is_available():
+    """Bytes in use at most so far: the accelerator's where one is used, else the process's."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return torch.cuda.max_memory_allocated()
     import resource
     import sys

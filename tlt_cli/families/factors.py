@@ -95,39 +95,40 @@ class LowRank:
         }
 
 
-def read_lowrank(config: Mapping[str, Any] | None) -> LowRank | None:
-    """What config.json says, checked; None where it says nothing. Raises TltError naming the key."""
+def read_lowrank(config: Mapping[str, Any] | None, where: str = KEY) -> LowRank | None:
+    """What config.json says, checked; None where it says nothing. Raises TltError naming the key: `where` is what the
+    object `config` has under "lowrank" in all of config.json."""
     given = (config or {}).get(KEY)
     if given is None:
         return None
     if not isinstance(given, dict):
-        raise TltError(f"config.json: {KEY} must be an object, not {shortened(given)}")
+        raise TltError(f"config.json: {where} must be an object, not {shortened(given)}")
     if given.get("version") != VERSION:
         raise TltError(
-            f"config.json: {KEY} has the version {shortened(given.get('version'))}; this tlt reads version {VERSION}"
+            f"config.json: {where} has the version {shortened(given.get('version'))}; this tlt reads version {VERSION}"
         )
 
     def entries(key: str) -> dict[str, Any]:
         value = given.get(key, {})
         if not isinstance(value, dict):
-            raise TltError(f"config.json: {KEY}.{key} must be an object, not {shortened(value)}")
+            raise TltError(f"config.json: {where}.{key} must be an object, not {shortened(value)}")
         return value
 
-    def whole(where: str, value: Any) -> int:
+    def whole(key: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise TltError(f"config.json: {KEY}.{where} must be a whole number of at least 1, not {shortened(value)}")
+            raise TltError(f"config.json: {where}.{key} must be a whole number of at least 1, not {shortened(value)}")
         return value
 
     ranks = {slot: whole(f"ranks.{slot}", rank) for slot, rank in entries("ranks").items()}
     for key in ("shared", "pivoted"):
         for slot in entries(key):
             if slot not in ranks:
-                raise TltError(f"config.json: {KEY}.{key} names {slot}, which has no rank{nearest(slot, ranks)}")
+                raise TltError(f"config.json: {where}.{key} names {slot}, which has no rank{nearest(slot, ranks)}")
     shared = entries("shared")
     for slot, owner in shared.items():
         if owner not in ranks or owner in shared or ranks[owner] != ranks[slot]:
             raise TltError(
-                f"config.json: {KEY}.shared.{slot} must name a slot of the same rank that has its {RIGHT} to itself, "
+                f"config.json: {where}.shared.{slot} must name a slot of the same rank that has its {RIGHT} to itself, "
                 f"not {shortened(owner)}"
             )
     pivoted = {}
@@ -135,19 +136,19 @@ def read_lowrank(config: Mapping[str, Any] | None) -> LowRank | None:
         numbers = isinstance(span, list) and len(span) == 2 and all(type(end) is int for end in span)
         if not numbers or not 0 <= span[0] < span[1] <= ranks[slot]:
             raise TltError(
-                f"config.json: {KEY}.pivoted.{slot} must be two ends within its rank {ranks[slot]}, such as "
+                f"config.json: {where}.pivoted.{slot} must be two ends within its rank {ranks[slot]}, such as "
                 f"[0, {ranks[slot]}], not {shortened(span)}"
             )
         pivoted[slot] = (span[0], span[1])
     ffn = {}
     for layer, size in entries("ffn").items():
         if not layer.isascii() or not layer.isdigit() or str(int(layer)) != layer:
-            raise TltError(f"config.json: {KEY}.ffn must have the numbers of layers as its keys, not {layer!r}")
+            raise TltError(f"config.json: {where}.ffn must have the numbers of layers as its keys, not {layer!r}")
         ffn[int(layer)] = whole(f"ffn.{layer}", size)
-    stock = read_stock(given, KEY)
+    stock = read_stock(given, where)
     bits = given.get("bits")
     if bits is not None and (isinstance(bits, bool) or bits != BITS):
-        raise TltError(f"config.json: {KEY}.bits must be {BITS}, or not be there, not {shortened(bits)}")
+        raise TltError(f"config.json: {where}.bits must be {BITS}, or not be there, not {shortened(bits)}")
     return LowRank(ranks, dict(shared), pivoted, ffn, stock, bits)
 
 
@@ -262,12 +263,10 @@ def own_sizes(sizes: Mapping[str, int], table: Family, lowrank: LowRank, place: 
     """The sizes of the axes as they are for this tensor: its layer's feed-forward, its slot's rank."""
     own = _in_layer(sizes, lowrank, place.layer)
     if place.slot is not None and place.slot in lowrank.ranks:
-        own["rank"] = lowrank.ranks[place.slot]
-        if place.slot in lowrank.pivoted:
-            start, stop = lowrank.pivoted[place.slot]
-            outputs, _ = find_slot(table, place.slot).dims()
-            own["kept"] = stop - start
-            own["rest"] = dim_size(outputs, own) - own["kept"]
+        start, stop = lowrank.pivoted.get(place.slot, (0, 0))
+        outputs, _ = find_slot(table, place.slot).dims()
+        rest = dim_size(outputs, own) - (stop - start)
+        own |= {"rank": lowrank.ranks[place.slot], "kept": stop - start, "rest": rest}
     return own
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -30,6 +31,7 @@ from tlt_cli.families.groups import Groups, check_sizes, part_config, read_group
 from tlt_cli.families.place import Place, Shapes, place, roles_of, stored
 from tlt_cli.families.rules import check_config
 from tlt_cli.families.sizes import edit_config, read_sizes
+from tlt_cli.families.stacked import check_stacks, holders, places_of_part, stack_sizes, stacked_places
 
 __all__ = ["Fit", "Place", "fit"]
 
@@ -65,24 +67,33 @@ class Fit:
             glue = self.groups.glue
             rank = {} if glue is None or glue.rank is None else {"rank": glue.rank}
             return {**self.sizes, PART: len(self.groups.parts), **rank}
+        if self.groups is not None and self.groups.factored:
+            return stack_sizes(self, place)
         return dict(self.sizes) if self.lowrank is None else own_sizes(self.sizes, self.family, self.lowrank, place)
 
     def part(self, number: int) -> Fit:
         """One of the models that lie side by side, counted from 0, as if it were alone: without glue."""
         assert self.groups is not None
-        config = part_config(self.config, self.groups, number)
-        sizes = read_sizes(self.family, config)
-        places = {
-            name: replace(spot, arrow=self.family.rows[spot.pattern]) if PART in spot.arrow.axes else spot
-            for name, spot in self.places.items()
-            if (spot.layer is None or spot.layer < sizes["layer"]) and not (PART in spot.arrow.axes and not spot.roles)
-        }
-        return replace(self, config=config, sizes=sizes, places=places, dropped=(), notes=(), groups=None)
+        return self.parts[number]
 
-    @property
+    @cached_property
     def parts(self) -> tuple[Fit, ...]:
         """Each of the models that lie side by side, as if it were alone; of one model that one."""
-        return (self,) if self.groups is None else tuple(map(self.part, range(len(self.groups.parts))))
+        return (self,) if self.groups is None else tuple(map(self._part, range(len(self.groups.parts))))
+
+    def _part(self, number: int) -> Fit:
+        assert self.groups is not None
+        config, lowrank = part_config(self.config, self.groups, number), self.groups.parts[number].lowrank
+        sizes = read_sizes(self.family, config)
+        places = places_of_part(self.family, self.places, lowrank, sizes["layer"])
+        return replace(
+            self, config=config, sizes=sizes, places=places, dropped=(), notes=(), groups=None, lowrank=lowrank
+        )  # fmt: skip
+
+    @cached_property
+    def holders(self) -> dict[str, tuple[int, ...]]:
+        """By a tensor's name the parts, counted from 0, that it has a slice of: those that store a tensor so."""
+        return holders(self.family, self.places, self.parts)
 
     @property
     def kv_heads(self) -> int:
@@ -115,7 +126,7 @@ def fit(
     """
     lowrank, groups = read_lowrank(config), read_groups(config)
     if lowrank is not None and groups is not None:
-        raise TltError("config.json has both groups and lowrank; models that lie side by side are not factored")
+        raise TltError("config.json has both groups and lowrank; of models side by side each has a lowrank of its own")
     origin, apart = lowrank or groups, dict[str, Place]()
     if origin is None:
         table, notes = choose(shapes, config, family)
@@ -127,7 +138,7 @@ def fit(
         apart = factor_places(table, lowrank)
         check_complete(table, shapes, apart)
     if groups is not None:
-        apart = glue_places(table, groups.glue, shapes)
+        apart = {**stacked_places(table, groups, shapes), **glue_places(table, groups.glue, shapes)}
     places, buffers = place(shapes, table, apart)
     if config is None:
         sizes = _solve_bare(shapes, table, places, axes or {})
@@ -158,8 +169,11 @@ def fit(
     if groups is not None:
         for number, one in enumerate(parts):
             check_sizes(sizes, one.sizes, number)
+    if groups is not None and groups.factored:
+        check_stacks(solved)
     _check_shapes(shapes, solved)
-    _check_presence(solved)
+    for one in (solved, *(solved.parts if groups is not None and groups.factored else ())):
+        _check_presence(one)
     return solved
 
 
@@ -214,9 +228,8 @@ def _made_up_config(table: Family, places: Mapping[str, Place], sizes: Mapping[s
 
 
 def _check_shapes(shapes: Shapes, fit: Fit) -> None:
-    count = () if fit.groups is None else (len(fit.groups.parts),)
     for name, spot in fit.places.items():
-        sizes = fit.sizes_of(spot)
+        sizes, count = fit.sizes_of(spot), () if fit.groups is None else (len(fit.holders[name]),)
         wanted = (*(() if PART in spot.arrow.axes else count), *shape(spot.arrow, sizes))
         if tuple(shapes[name]) != wanted:
             own = {axis: size for axis, size in sizes.items() if axis in spot.arrow.axes}

@@ -4,7 +4,8 @@ Every tensor of the family is stored once more in front: [K, ...], one slice for
 own layout. The model computes the weighted mean of the parts' logits; no part reads another, so the whole is
 block-diagonal and takes K times the room of one, not K^2. Where parts are of different sizes, "sizes" are those that
 all slices are stored at: a smaller part fills its share of every axis and the rest is zero, as is every layer that it
-lacks. Nothing reads those zeros, so a slice without them is the part as it was, bit for bit.
+lacks. Nothing reads those zeros, so a slice without them is the part as it was, bit for bit. Parts may store matrices
+as factors, each as its own "lowrank" says (`stacked`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 
 from tlt_cli.checkpoint.strict_json import shortened
 from tlt_cli.errors import TltError, UsageError
-from tlt_cli.families.factors import Stock, dense_config, read_stock
+from tlt_cli.families.factors import KEY as LOWRANK
+from tlt_cli.families.factors import LowRank, Stock, dense_config, read_lowrank, read_stock
 from tlt_cli.families.family import Family
 from tlt_cli.families.glue import Glue, modules, read_glue
 
@@ -30,7 +32,7 @@ class Part:
     """One of the models: what it was called, the digest of its file, its share of the logits.
 
     `config` are the keys of its config.json that the checkpoint's own does not say, or says otherwise; `lacks` those
-    that it does not say at all.
+    that it does not say at all. `lowrank` says which of its matrices are stored as factors; None where all are plain.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Part:
     weight: float
     config: Mapping[str, Any]
     lacks: tuple[str, ...] = ()
+    lowrank: LowRank | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,11 @@ class Groups:
         return "folded into one another" if self.dense else None if self.glue is None else "glued together"
 
     @property
+    def factored(self) -> bool:
+        """Whether any part stores matrices as factors."""
+        return any(part.lowrank is not None for part in self.parts)
+
+    @property
     def weights(self) -> tuple[float, ...]:
         """Each part's share of the logits."""
         return tuple(part.weight for part in self.parts)
@@ -80,6 +88,7 @@ class Groups:
                     "sha256": part.sha256,
                     **({"config": dict(part.config)} if part.config else {}),
                     **({"lacks": list(part.lacks)} if part.lacks else {}),
+                    **({} if part.lowrank is None else {LOWRANK: part.lowrank.data()}),
                 }
                 for part in self.parts
             ],
@@ -109,7 +118,8 @@ def read_groups(config: Mapping[str, Any] | None) -> Groups | None:
         own, lacks = one.get("config", {}), one.get("lacks", [])
         _check(isinstance(own, dict), f"parts[{number}].config", "an object", own)
         _check(_names(lacks), f"parts[{number}].lacks", "a list of names", lacks)
-        parts.append(Part(one["name"], one["sha256"], float(weight), own, tuple(lacks)))
+        lowrank = read_lowrank(one, f"{KEY}.parts[{number}].{LOWRANK}")
+        parts.append(Part(one["name"], one["sha256"], float(weight), own, tuple(lacks), lowrank))
     sizes = given.get("sizes")
     positive = isinstance(sizes, dict) and all(type(size) is int and size > 0 for size in sizes.values())
     _check(sizes is None or positive, "sizes", "an object of whole numbers", sizes)
@@ -134,7 +144,7 @@ def _number(value: Any) -> bool:
 
 
 def part_config(config: Mapping[str, Any], groups: Groups, number: int) -> dict[str, Any]:
-    """The config.json of one part alone, from that of the checkpoint."""
+    """The config.json of one part alone, from that of the checkpoint; without what it says of factors."""
     part = groups.parts[number]
     whole = {**dense_config(config, groups.stock), **part.config}
     return {key: value for key, value in whole.items() if key not in part.lacks}

@@ -7,7 +7,7 @@ far (S = T without a cache), hidden entries H, heads of D entries, V words in th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -117,16 +117,11 @@ class Decoder(nn.Module):
         self._like = torch.empty(0, device=device, dtype=dtype)
         self._held: tuple[str, Tensor] | None = None
         self._leaves: dict[str, tuple[nn.Module, str]] = {}
-        lowrank = description.get("lowrank") or {}
-        self._ranks: dict[str, int] = lowrank.get("ranks", {})
-        self._shared: dict[str, str] = lowrank.get("shared", {})
-        self._pivoted: dict[str, list[int]] = lowrank.get("pivoted", {})
-        self._ffn: dict[str, int] = lowrank.get("ffn", {})
-        self._coded: bool = lowrank.get("bits") is not None
+        self._read_factors()
         for name, shape in self._shapes():
             if name.endswith(".lowrank_rows"):
-                self._add(name, torch.arange(*shape, device=device))
-            elif self._scale(name) is not None:
+                self._add(name, torch.arange(shape[-1], device=device).expand(shape).contiguous())
+            elif self._codes(name):
                 self._add(name, torch.zeros(shape, device=device, dtype=torch.int8))
             else:
                 self._add(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
@@ -134,6 +129,15 @@ class Decoder(nn.Module):
         self._act = ACTIVATIONS[description["activation"]]
         if self._like.device.type != "meta":
             self.initialize()
+
+    def _read_factors(self) -> None:
+        """What the description says of matrices that are factors."""
+        lowrank = self.description.get("lowrank") or {}
+        self._ranks: dict[str, int] = lowrank.get("ranks", {})
+        self._shared: dict[str, str] = lowrank.get("shared", {})
+        self._pivoted: dict[str, list[int]] = lowrank.get("pivoted", {})
+        self._ffn: dict[str, int] = lowrank.get("ffn", {})
+        self._coded: bool = lowrank.get("bits") is not None
 
     @classmethod
     def stream(
@@ -193,6 +197,11 @@ class Decoder(nn.Module):
         """All tensors of the checkpoint by name: parameters, row numbers of pivoted factors, codes of coded ones."""
         return {name: getattr(module, leaf) for name, (module, leaf) in self._leaves.items()}
 
+    def row_numbers(self, name: str, stored: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """What a tensor of a pivoted factor numbers, and the rows of the matrix that it may."""
+        module, leaf = self._leaves[f"{name.removesuffix('.lowrank_rows')}.lowrank_b.weight"]
+        yield stored, len(getattr(module, leaf)) + len(stored)
+
     @property
     def vectors(self) -> set[str]:
         """The names of gains and biases: what is stored and no matrix."""
@@ -245,7 +254,7 @@ class Decoder(nn.Module):
                 found = found[inverse]
         return found if scale is None else found * self.weight(scale)[ids, None]
 
-    def linear(self, x: Tensor, role: str, layer: int, inner: dict[str, Tensor] | None = None) -> Tensor:
+    def linear(self, x: Tensor, role: str, layer: int, inner: dict[str, Any] | None = None) -> Tensor:
         """One of a block's linears: x [B, T, in] -> [B, T, out], with what the adapter makes of it.
 
         `inner` remembers what right factors made of this x, for the linears that share them.
@@ -255,7 +264,7 @@ class Decoder(nn.Module):
         y = self._matrix(x, role, layer, inner)
         return y if not self._adapter else self._adapter[0].add(y, x, role, layer)
 
-    def _matrix(self, x: Tensor, role: str, layer: int, inner: dict[str, Tensor] | None) -> Tensor:
+    def _matrix(self, x: Tensor, role: str, layer: int, inner: dict[str, Any] | None) -> Tensor:
         spot = self.description["roles"][role]
         name, part, slot = self._slot(spot, layer)
         bias = self.weight(f"{name}.bias") if spot["bias"] else None
@@ -268,9 +277,7 @@ class Decoder(nn.Module):
         weight = weight.T if spot["transposed"] else weight
         return functional.linear(x, weight if part is None else weight.chunk(spot["parts"])[part], bias)
 
-    def factored(
-        self, x: Tensor, slot: str, bias: Tensor | None = None, inner: dict[str, Tensor] | None = None
-    ) -> Tensor:
+    def factored(self, x: Tensor, slot: str, bias: Tensor | None = None, inner: dict[str, Any] | None = None) -> Tensor:
         """x [..., in] times a matrix that is stored as two factors -> [..., out]."""
         owner = self._shared.get(slot, slot)
         narrow = None if inner is None else inner.get(owner)
@@ -294,8 +301,11 @@ class Decoder(nn.Module):
 
     def _scale(self, name: str) -> str | None:
         """What the scales of a matrix's rows are called; None where it is no codes."""
-        coded = self._coded and name.endswith((".lowrank_a.weight", ".lowrank_b.weight"))
-        return f"{name.removesuffix('.weight')}.scale" if coded else None
+        return f"{name.removesuffix('.weight')}.scale" if self._codes(name) else None
+
+    def _codes(self, name: str) -> bool:
+        """Whether a tensor is codes."""
+        return self._coded and name.endswith((".lowrank_a.weight", ".lowrank_b.weight"))
 
     def normalize(self, x: Tensor, role: str, layer: int = 0) -> Tensor:
         """x [..., n] with unit root-mean-square (arXiv:1910.07467) or unit variance, times the gain; dtype kept."""
@@ -409,7 +419,7 @@ class Decoder(nn.Module):
         attended = self.attention(self.normalize(x, "attention_norm", layer), layer, step)
         x = x + (self.normalize(attended, "attention_post_norm", layer) if "attention_post_norm" in roles else attended)
         read = self.normalize(x, "ffn_norm", layer)
-        inner: dict[str, Tensor] = {}
+        inner: dict[str, Any] = {}
         if "gate" in roles:
             neurons = self._act(self.linear(read, "gate", layer, inner)) * self.linear(read, "up", layer, inner)
         else:
@@ -420,7 +430,7 @@ class Decoder(nn.Module):
     def attention(self, x: Tensor, layer: int, step: Step) -> Tensor:
         """Attention where `heads / kv_heads` queries share a key and a value (GQA, arXiv:2305.13245). x [B, T, H]."""
         data = self.description
-        inner: dict[str, Tensor] = {}
+        inner: dict[str, Any] = {}
         query, key, value = (
             torch.unflatten(self.linear(x, role, layer, inner), -1, (-1, data["head_dim"])).transpose(1, 2)
             for role in ("query", "key", "value")
@@ -513,21 +523,23 @@ class Decoder(nn.Module):
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every stored tensor's name and shape, as the file has them."""
-        data = self.description
-        for role, spot in data["roles"].items():
-            layers: Iterable[int] = [0] if role in STEM else self._layers()
-            for layer in layers:
-                shape = self._stored_sizes(layer)[role]
-                name, part, slot = self._slot(spot, layer)
-                if slot in self._ranks:
-                    yield from self._factors(slot, shape)
-                elif self._apart(spot, name):
-                    yield f"{slot}.weight", shape
-                elif not part:  # the fused tensor comes with its first part
-                    whole = (shape[0] * (spot["parts"] or 1), *shape[1:])
-                    yield f"{name}.weight", whole[::-1] if spot["transposed"] else whole
-                if spot["bias"] and not part:
-                    yield f"{name}.bias", (shape[0] * (spot["parts"] or 1),)
+        for role in self.description["roles"]:
+            for layer in [0] if role in STEM else self._layers():
+                yield from self._shapes_of(role, layer)
+
+    def _shapes_of(self, role: str, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Those of one role's tensors in a layer."""
+        spot, shape = self.description["roles"][role], self._stored_sizes(layer)[role]
+        name, part, slot = self._slot(spot, layer)
+        if slot in self._ranks:
+            yield from self._factors(slot, shape)
+        elif self._apart(spot, name):
+            yield f"{slot}.weight", shape
+        elif not part:  # the fused tensor comes with its first part
+            whole = (shape[0] * (spot["parts"] or 1), *shape[1:])
+            yield f"{name}.weight", whole[::-1] if spot["transposed"] else whole
+        if spot["bias"] and not part:
+            yield f"{name}.bias", (shape[0] * (spot["parts"] or 1),)
 
     def sizes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Outputs and inputs of every role's matrix in this layer, and the entries of every norm."""

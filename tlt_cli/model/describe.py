@@ -70,7 +70,7 @@ def _side_by_side(fit: Fit, groups: Groups) -> dict[str, Any]:
     parts = []
     for own in map(describe, fit.parts):
         own["softmax_scale"] += whole["softmax_scale"][len(own["softmax_scale"]) :]
-        parts.append({key: own[key] for key in OF_ONE_PART if own[key] != whole[key]})
+        parts.append({key: own[key] for key in (*OF_ONE_PART, "ffn", "lowrank") if own[key] != whole[key]})
     joint = {key: groups.data()[key] for key in JOINT if key in groups.data()}
     return {**whole, "groups": {"weights": list(groups.weights), "parts": parts, **joint}}
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from tlt_cli.model.decoder import STEM, Decoder
+from tlt_cli.model.grouped_factors import Stacked
 from tlt_cli.model.step import Step, frequencies, rotate
 
 
-class Grouped(Decoder):
+class Grouped(Stacked):
     """A decoder of K parts: ids [B, T] in, the weighted mean of the parts' logits [B, T, V] out.
 
     The description is that of one part at the sizes that are stored, and "groups": "weights" of the parts, and "parts",
@@ -30,12 +31,9 @@ class Grouped(Decoder):
     with D = `<site>.glue_b.weight` [K in, r] times `<site>.glue_a.weight` [r, K in] (lowrank), `<site>.glue.weight`
     [K in, K in] (full), or that one's [K, K] with every number in the place of an identity (blocks). "dense" are
     modules whose weight is [K out, K in], of the head [V, K H], the weights of the parts in it.
-    """
 
-    @property
-    def count(self) -> int:
-        """K."""
-        return len(self.description["groups"]["weights"])
+    A part with a "lowrank" of its own stores matrices as that says. Where one does, each multiplies that one by itself.
+    """
 
     @property
     def longest(self) -> int | None:
@@ -48,7 +46,13 @@ class Grouped(Decoder):
     @property
     def vectors(self) -> set[str]:
         """The names of gains and biases [K, n]."""
-        return {name for name, shape in super()._shapes() if len(shape) < 2}
+        return {
+            name
+            for role, spot in self.description["roles"].items()
+            for layer in ([0] if role in STEM else self._layers())
+            for name, shape in self._shapes_of(role, layer)
+            if len(shape) == 2 and not (spot["name"] in self._dense and name.endswith(".weight"))
+        }
 
     def each(self, key: str) -> list[Any]:
         """What the description says for each part."""
@@ -73,10 +77,6 @@ class Grouped(Decoder):
             found[part, :kv, : heads // kv] = 1.0
         return found.flatten()
 
-    def _split(self, x: Tensor) -> Tensor:
-        """[..., K n] -> [..., K, n]."""
-        return torch.unflatten(x, -1, (self.count, -1))
-
     # --- weights -----------------------------------------------------------------------------------------------
 
     def rows(self, name: str, ids: Tensor) -> Tensor:
@@ -88,10 +88,12 @@ class Grouped(Decoder):
     def _matrix(self, x: Tensor, role: str, layer: int, inner: dict[str, Tensor] | None) -> Tensor:
         spot = self.description["roles"][role]
         name, part, _ = self._slot(spot, layer)
-        bias = self.weight(f"{name}.bias") if spot["bias"] else None
-        bias = bias if bias is None or part is None else bias.chunk(spot["parts"], dim=1)[part]
         x = x * self._present_heads(x) if role == "output" and self._heads_differ else x
         x = self._glued(x, spot["name"], layer, inner)
+        if self._by_itself(role, layer):
+            return self._one_by_one(x, role, layer, None if spot["name"] in self._glue["sites"] else inner)
+        bias = self.weight(f"{name}.bias") if spot["bias"] else None
+        bias = bias if bias is None or part is None else bias.chunk(spot["parts"], dim=1)[part]
         if bias is not None and layer >= min(self.each("layers")):  # a part that lacks the layer adds nothing in it
             bias = bias * torch.tensor([layer < own for own in self.each("layers")], device=x.device)[:, None]
         if spot["name"] in self._dense:
@@ -220,6 +222,8 @@ class Grouped(Decoder):
 
     def words(self, role: str, ids: Tensor) -> Tensor:
         """Rows `ids` [...] of every part's table -> [..., K H]."""
+        if self._by_itself(role, 0):
+            return torch.cat([part.words(role, ids) for part in self._own], dim=-1)
         size = self.description["vocab" if role == "embedding" else "positions"]
         first = torch.arange(self.count, device=ids.device) * size
         return self.rows(f"{self.description['roles'][role]['name']}.weight", ids[..., None] + first).flatten(-2)
@@ -233,6 +237,9 @@ class Grouped(Decoder):
             return self._dense_head(x, name, biases, spot["transposed"])
         x = self._glued(x, self._head_site)
         streams, weights, chunks = self._split(x).unbind(-2), data["groups"]["weights"], []
+        if self._by_itself("embedding" if data["tied"] else "head", 0):
+            each = zip(self._own, streams, weights, strict=True)
+            return sum((weight * part.head(stream) for part, stream, weight in each), start=x.new_zeros(()))
         for first in range(0, vocab, self._head_rows):
             last, total = min(first + self._head_rows, vocab), None
             for part, (stream, weight) in enumerate(zip(streams, weights, strict=True)):
@@ -273,25 +280,31 @@ class Grouped(Decoder):
         return {role: tuple(self.count * size for size in sizes) for role, sizes in self._stored_sizes(layer).items()}
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        across, glue = dict[str, tuple[int, ...]](), list[tuple[str, tuple[int, ...]]]()
+        yield from super()._shapes()
         for role, spot in self.description["roles"].items():
-            head = role == "head" or (role == "embedding" and self.description["tied"])
-            site = self._head_site if head else spot["name"]
+            site = self._head_site if self._says(role) else spot["name"]
             for layer in [0] if role in STEM else self._layers():
-                outputs, *inputs = self._stored_sizes(layer)[role]
-                name, part, _ = self._slot(spot, layer)
-                if spot["name"] in self._dense:
-                    size = outputs if head else self.count * outputs * (spot["parts"] or 1)
-                    whole = (size, self.count * inputs[0])
-                    across[f"{name}.weight"] = whole[::-1] if spot["transposed"] else whole
-                if site in self._glue["sites"] and not part:
-                    glue += self._glue_shapes(str(site).format(layer=layer), self.count * inputs[0])
-        for name, shape in super()._shapes():
-            if name in across:
-                yield name, across[name]
-            else:
+                if site in self._glue["sites"] and not spot["part"]:
+                    yield from self._glue_shapes(
+                        str(site).format(layer=layer), self.count * self._stored_sizes(layer)[role][1]
+                    )
+
+    def _says(self, role: str) -> bool:
+        """Whether the role's matrix makes the logits."""
+        return role == "head" or (role == "embedding" and bool(self.description["tied"]))
+
+    def _shapes_of(self, role: str, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        by_itself, dense = self._by_itself(role, layer), self.description["roles"][role]["name"] in self._dense
+        for name, shape in super()._shapes_of(role, layer):
+            if dense and name.endswith(".weight"):
+                outputs, inputs = reversed(shape) if self.description["roles"][role]["transposed"] else shape
+                across = (outputs if self._says(role) else self.count * outputs, self.count * inputs)
+                yield name, across[::-1] if self.description["roles"][role]["transposed"] else across
+            elif not by_itself or name.endswith(".bias"):
                 yield name, (self.count, *shape)
-        yield from glue
+        for name, shapes in self._stacked(role, layer).items() if by_itself else ():
+            if not name.endswith(".bias"):
+                yield name, (len(shapes), *map(max, *shapes.values(), [0] * len(next(iter(shapes.values())))))
 
     def _glue_shapes(self, name: str, width: int) -> list[tuple[str, tuple[int, ...]]]:
         if self._glue["kind"] == "lowrank":

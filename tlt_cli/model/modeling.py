@@ -27,9 +27,10 @@ config.json, under "tlt_description", "lowrank" and "groups". Licence: Apache-2.
 """
 '''
 _DOCSTRING = re.compile(r'\A""".*?"""\n', re.DOTALL)
-_SOURCES = ("step.py", "decoder.py", "grouped.py", "wrapper.py")
+_SOURCES = ("step.py", "decoder.py", "grouped_factors.py", "grouped.py", "wrapper.py")
 _NOT_SHIPPED = re.compile(
-    r"^(from __future__ .*|from tlt_cli\.model\.(step|decoder|grouped) import .*|# mypy: .*)\n", re.MULTILINE
+    r"^(from __future__ .*|from tlt_cli\.model\.(step|decoder|grouped_factors|grouped) import .*|# mypy: .*)\n",
+    re.MULTILINE,
 )
 
 
@@ -46,7 +47,8 @@ def shipped(config: dict[str, Any], description: dict[str, Any]) -> dict[str, An
     """The config with which transformers finds the file, and without the file refuses the model."""
     plain = {key: value for key, value in description.items() if key != KEY}
     if plain.get(GROUPS) is not None:  # what stands under the config's own key stands there once
-        plain[GROUPS] = {key: value for key, value in plain[GROUPS].items() if key == "parts"}
+        parts = [{key: value for key, value in part.items() if key != KEY} for part in plain[GROUPS]["parts"]]
+        plain[GROUPS] = {"parts": parts}
     kept = config[KEY if KEY in config else GROUPS]
     own = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, "auto_map": AUTO_MAP, DESCRIPTION: plain}
     return {key: value for key, value in config.items() if key != ROPE_SCALING or key not in kept} | own

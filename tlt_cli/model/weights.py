@@ -38,7 +38,7 @@ def load(
         if tensor.shape != placeholder.shape:
             raise TltError(f"{name} is {list(tensor.shape)}, but the decoder needs {list(placeholder.shape)}")
         module, _, leaf = name.rpartition(".")
-        _check_integers(wanted, name, tensor)
+        _check_integers(decoder, wanted, name, tensor)
         value = nn.Parameter(tensor) if isinstance(placeholder, nn.Parameter) else tensor
         setattr(decoder.get_submodule(module), leaf, value)
     decoder._like = torch.empty(0, device=device, dtype=dtype)
@@ -58,7 +58,7 @@ def _finite(read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
     return checked
 
 
-def _check_integers(wanted: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
+def _check_integers(decoder: Decoder, wanted: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
     """TltError where codes are no integers, or the row numbers of a pivoted factor not ascending rows of its matrix."""
     placeholder = wanted[name]
     if placeholder.is_floating_point():
@@ -66,12 +66,9 @@ def _check_integers(wanted: Mapping[str, Tensor], name: str, tensor: Tensor) -> 
     if tensor.dtype != placeholder.dtype:
         kinds = [str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, placeholder.dtype)]
         raise TltError(f"{name} is stored as {kinds[0]}, but config.json makes it {kinds[1]}")
-    if not name.endswith(".lowrank_rows"):
-        return
-    left = wanted[f"{name.removesuffix('.lowrank_rows')}.lowrank_b.weight"]
-    size = len(left) + len(tensor)
-    if len(tensor) and (int(tensor[0]) < 0 or int(tensor[-1]) >= size or bool((tensor.diff() <= 0).any())):
-        raise TltError(f"{name} must number rows of a matrix of {size}, each once and ascending")
+    for rows, size in decoder.row_numbers(name, tensor) if name.endswith(".lowrank_rows") else ():
+        if len(rows) and (int(rows[0]) < 0 or int(rows[-1]) >= size or bool((rows.diff() <= 0).any())):
+            raise TltError(f"{name} must number rows of a matrix of {size}, each once and ascending")
 
 
 class Weights(Protocol):
@@ -114,7 +111,7 @@ def load_checkpoint(
 
     def fetch(name: str) -> Tensor:
         tensor = read(name)
-        _check_integers(wanted, name, tensor)
+        _check_integers(decoder, wanted, name, tensor)
         return tensor
 
     decoder = decoder_class(description).stream(description, fetch, rows, dtype=dtype, device=device)

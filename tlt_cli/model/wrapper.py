@@ -96,7 +96,11 @@ class TltPreTrainedModel(PreTrainedModel):
         description = {**config.tlt_description, "lowrank": getattr(config, "lowrank", None)}
         if description.get("groups"):
             shared = {key: config.groups[key] for key in ("weights", "glue", "dense") if key in config.groups}
-            description["groups"] = {**description["groups"], **shared}
+            parts = [
+                {**own, "lowrank": said.get("lowrank")}
+                for own, said in zip(description["groups"]["parts"], config.groups["parts"], strict=True)
+            ]
+            description["groups"] = {"parts": parts, **shared}
         description = self._changed(description)
         decoder = decoder_class(description)(description)
         object.__setattr__(self, "decoder", decoder)  # not as a module: its name would stand before all others
@@ -122,9 +126,10 @@ class TltPreTrainedModel(PreTrainedModel):
         ):
             for found in sorted(info[kind], key=str):
                 raise ValueError(f"{found if isinstance(found, str) else found[0]} {what}")
-        for name, rows in model.named_buffers():
-            if name.endswith(".lowrank_rows") and bool((rows.diff() <= 0).any()):
-                raise ValueError(f"{name} must number rows of a matrix, each once and ascending")
+        for name, stored in model.named_buffers():
+            for rows, _ in model.decoder.row_numbers(name, stored) if name.endswith(".lowrank_rows") else ():
+                if bool((rows.diff() <= 0).any()):
+                    raise ValueError(f"{name} must number rows of a matrix, each once and ascending")
         return (model, info) if output_loading_info else model
 
     def _run(

@@ -38,6 +38,10 @@ def fold_glue(fitted: Fit, dtypes: Mapping[str, str]) -> Plan:
     groups = fitted.groups
     if groups is None or groups.glue is None:
         raise TltError("nothing to fold: there is no glue between the models of this checkpoint")
+    if groups.factored:
+        raise TltError(
+            "glue folds into plain matrices, and models of this checkpoint hold factors; `tlt fold SRC` first"
+        )
     sites, planned, folded = groups.glue.sites, list[PlannedTensor](), 0
     for name, place in fitted.places.items():
         module = name.removesuffix(".weight")

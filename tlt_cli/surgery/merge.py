@@ -2,7 +2,8 @@
 
 Every arrow becomes block-diagonal, every norm sees the entries of one model, and the logits are the weighted mean of
 all: the product of the models' distributions, renormalized (reference: slice and merge, section 3.2). Only the blocks
-are stored, as slices [K, ...] of the family's own tensors. The weights stand in config.json and not in the head, so
+are stored, as slices [K, ...] of the family's own tensors, or of the factors that models have in the place of some
+(`families.stacked`). The weights stand in config.json and not in the head, so
 that all slices are copies of what they come from, whatever the weights are.
 """
 
@@ -19,94 +20,18 @@ from torch import Tensor
 from tlt_cli.axes import Arrow, shape, split
 from tlt_cli.checkpoint.planned import PlannedTensor, Rows, Tensors
 from tlt_cli.checkpoint.together import numbered
-from tlt_cli.errors import TltError
 from tlt_cli.families import Fit, Place, fit
-from tlt_cli.families.factors import refuse_factored, stock_of
-from tlt_cli.families.groups import KEY, Groups, Part, check_weights, differences, refuse_joint
-from tlt_cli.families.sizes import edit_config
-from tlt_cli.model.describe import OF_ONE_PART, describe
+from tlt_cli.families.factors import LEFT, find_slot, stock_of
+from tlt_cli.families.groups import KEY, Groups, Part, differences
+from tlt_cli.families.stacked import REST, renamed
+from tlt_cli.model.describe import describe
 from tlt_cli.model.modeling import shipped
+from tlt_cli.surgery.mergeable import VOCAB, Model, Source, counted
 from tlt_cli.surgery.plan import Plan
 
-# Sizes, and what is said elsewhere: of these models may differ, and of OF_ONE_PART.
-_FREE = (*OF_ONE_PART, "ffn", "roles", "groups", "lowrank", "window", "rotary")
-_VOCAB = "vocab"
-_WHAT_WORKS = {
-    "vocab": "merge models of one tokenizer",
-    "tied": "untie the one that is tied: save it with tie_word_embeddings=false and a head of its own",
-}
+__all__ = ["COMPUTED", "Slice", "Source", "counted", "cut", "merge", "side_by_side", "slice_of", "widest"]
 
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """A checkpoint that is merged: its fit, its stored dtypes by tensor, what it is called, its digest.
-
-    Its tensors are read under their names behind the number of the checkpoint (`checkpoint.together`). `tokens` are
-    rows of its own for each id of the merged model [V], -1 where it has none: the mean of its rows stands there. None
-    where its ids are those of the merged model.
-    """
-
-    fit: Fit
-    dtypes: Mapping[str, str]
-    name: str
-    sha256: str
-    tokens: Sequence[int] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Model:
-    """One of the models side by side: where it comes from, and which slice it is there if there are several."""
-
-    number: int
-    source: Source
-    slice: int | None
-    fit: Fit
-    weight: float
-    name: str
-    sha256: str
-
-    @property
-    def label(self) -> str:
-        """What it is called in messages."""
-        return self.name if self.slice is None else f"part {self.slice + 1} of {self.source.name}"
-
-
-def models(sources: Sequence[Source], weights: Sequence[float]) -> list[Model]:
-    """All models of all sources in order: of one that is merged already each of its parts, its weights multiplied."""
-    found = []
-    for number, (source, weight) in enumerate(zip(sources, weights, strict=True)):
-        groups = source.fit.groups
-        refuse_joint(groups, f"merging {source.name}")
-        for at, fitted in enumerate(source.fit.parts):
-            own = _speaking(fitted, source.tokens)
-            if groups is None:
-                found.append(Model(number, source, None, own, weight, source.name, source.sha256))
-            else:
-                part = groups.parts[at]
-                found.append(Model(number, source, at, own, weight * part.weight, part.name, part.sha256))
-    return found
-
-
-def counted(sources: Sequence[Source], weights: Sequence[float] | None) -> list[Model]:
-    """`models`, checked: that they can be merged at all, and the weights."""
-    if len(sources) < 2:
-        raise TltError(f"{len(sources)} checkpoint given; merging takes two or more")
-    shares = [1 / len(sources)] * len(sources) if weights is None else list(weights)
-    check_weights(shares, len(sources))
-    found = models(sources, shares)
-    for model in found:
-        _check_alone(model)
-    for model in found[1:]:
-        _check_pair(found[0], model)
-    return found
-
-
-def _speaking(fitted: Fit, tokens: Sequence[int] | None) -> Fit:
-    """The fit with a vocabulary of another size."""
-    if tokens is None:
-        return fitted
-    sizes = {**fitted.sizes, _VOCAB: len(tokens)}
-    return replace(fitted, sizes=sizes, config=edit_config(fitted.family, fitted.config, sizes))
+COMPUTED = {"F64": torch.float64, "I8": torch.int8, "I64": torch.int64}  # what blocks are computed in; else float32
 
 
 def merge(sources: Sequence[Source], weights: Sequence[float] | None = None) -> Plan:
@@ -115,15 +40,36 @@ def merge(sources: Sequence[Source], weights: Sequence[float] | None = None) -> 
     `weights` are each source's share of the logits, 1/K where none are given. Raises TltError naming the first thing
     that two models do not have in common, UsageError for weights that are not those of a mean.
     """
-    found = counted(sources, weights)
+    return side_by_side(counted(sources, weights))
+
+
+def side_by_side(found: Sequence[Model]) -> Plan:
+    """As `merge`, of models that are known to go together."""
     base = max(found, key=lambda model: (model.fit.sizes["layer"], -found.index(model)))  # config lists every layer
     sizes = {axis: max(model.fit.sizes[axis] for model in found) for axis in base.fit.sizes}
-    kinds = [places_of(model.fit) for model in found]
-    planned = [
-        _side_by_side(place, base, found, [places.get(place_key(place)) for places in kinds], sizes)
-        for place in base.fit.places.values()
-    ]
-    config = {**base.fit.config, KEY: _groups(found, base, sizes).data()}
+    called = [_called(model.fit, base.fit) for model in found]
+    parts = []
+    for model, own in zip(found, called, strict=True):
+        slots = {place.slot or "": new.slot or "" for new, place in own.values()}
+        lowrank = None if model.fit.lowrank is None else renamed(model.fit.lowrank, slots)
+        different = differences(base.fit.config, model.fit.config)
+        parts.append(Part(model.name, model.sha256, model.weight, *different, lowrank))
+    groups = Groups(tuple(parts), None if sizes == base.fit.sizes else sizes, stock_of(base.fit.config))
+    config = {**base.fit.config, KEY: groups.data()}
+    places: dict[str, Place] = {}
+    for own in (called[found.index(base)], *called):
+        for name, (new, _) in own.items():
+            if name not in places or REST in new.arrow.axes:
+                places[name] = new
+    whole = replace(base.fit, config=config, sizes=sizes, places=places, dropped=(), lowrank=None, groups=groups)
+    first = called[found.index(base)]
+    beside = {(role, place.layer): name for name, place in base.fit.places.items() for role in place.roles}
+    planned = []
+    for name, place in places.items():
+        holding = [(found[number], called[number].get(name)) for number in whole.holders[name]]
+        source = first[name][1].name if name in first else beside[place.roles[0], place.layer]  # whose file it goes to
+        slices = [None if own is None else Slice(model, own[1]) for model, own in holding]
+        planned.append(_stack(whole, place, slices, numbered(base.number, source)))
     written = fit({tensor.name: tensor.shape for tensor in planned}, config, family=base.fit.family)
     return Plan(
         operation="merge",
@@ -139,55 +85,28 @@ def merge(sources: Sequence[Source], weights: Sequence[float] | None = None) -> 
     )
 
 
-def _groups(found: Sequence[Model], base: Model, sizes: Mapping[str, int]) -> Groups:
-    config = base.fit.config
-    parts = [Part(model.name, model.sha256, model.weight, *differences(config, model.fit.config)) for model in found]
-    return Groups(tuple(parts), None if sizes == base.fit.sizes else sizes, stock_of(config))
-
-
-# --- what models must have in common ---------------------------------------------------------------------------
-
-
-def _check_alone(model: Model) -> None:
-    refuse_factored(model.fit.lowrank, f"merging {model.label}")
-    bare = [place.name for place in model.fit.places.values() if not place.roles]
-    if bare or not model.fit.family.roles:
-        raise TltError(
-            f"{model.label}: the {model.fit.family.name} table does not say what {bare[0] if bare else 'its tensors'} "
-            "does in the model; merge needs it: name it in [wiring]"
-        )
-
-
-def _check_pair(first: Model, other: Model) -> None:
-    """TltError naming the first thing in which two models differ and may not."""
-    names = [model.fit.family.name for model in (first, other)]
-    if first.fit.family != other.fit.family:
-        raise TltError(
-            f"{first.label} is a {names[0]} and {other.label} a {names[1]}: models of one family are merged; for "
-            "others take the mean of what they say, outside of a file"
-        )
-    one, two = describe(first.fit), describe(other.fit)
-    for key, value in one.items():
-        if key not in _FREE and value != two[key]:
-            works = _WHAT_WORKS.get(key, "such models cannot lie side by side; merge those that agree in it")
-            raise TltError(f"{first.label} has {key}={value} and {other.label} {key}={two[key]}: {works}")
-    for key in ("window", "rotary"):
-        for layer, (value, own) in enumerate(zip(one[key], two[key], strict=False)):
-            if value != own:
-                raise TltError(
-                    f"layer {layer} of {first.label} has {key}={value} and of {other.label} {key}={own}: one layer "
-                    "looks back alike in all models that lie side by side"
-                )
-    missing = sorted(one["roles"].keys() ^ two["roles"].keys())
-    for role, spot in one["roles"].items():
-        if not missing and spot["bias"] != two["roles"][role]["bias"]:
-            has, lacks = (first, other) if spot["bias"] else (other, first)
-            raise TltError(
-                f"{has.label} has a bias at {role} and {lacks.label} has none; give {lacks.label} one of zeros and set "
-                "the switch in its config.json"
-            )
-    if missing:
-        raise TltError(f"only one of {first.label} and {other.label} has a {missing[0]}; merge models that agree in it")
+def _called(own: Fit, base: Fit) -> dict[str, tuple[Place, Place]]:
+    """A model's places by the names that the base gives them: as they are there, and in its own file. Names of files
+    have a prefix or none, and a tied matrix has one of two."""
+    plain = {place_key(place): name for name, place in base.places.items() if place.slot is None}
+    modules = {
+        (role, place.layer): name.rpartition(".")[0]
+        if place.slot is None
+        else find_slot(base.family, place.slot).module
+        for name, place in base.places.items()
+        if place.kind in ("weight", LEFT)
+        for role in place.roles
+    }
+    found = {}
+    for place in own.places.values():
+        module = modules[place.roles[0], place.layer]
+        slot = None if place.slot is None else module if place.part is None else f"{module}.{place.part}"
+        if slot is None:
+            name = plain.get(place_key(place), f"{module}.weight")
+        else:
+            name = slot + place.name.removeprefix(place.slot or "")
+        found[name] = replace(place, name=name, slot=slot), place
+    return found
 
 
 def _notes(found: Sequence[Model], sizes: Mapping[str, int], planned: Sequence[PlannedTensor]) -> Iterator[str]:
@@ -195,6 +114,15 @@ def _notes(found: Sequence[Model], sizes: Mapping[str, int], planned: Sequence[P
         smaller = [f"{axis} {size} of {sizes[axis]}" for axis, size in model.fit.sizes.items() if size < sizes[axis]]
         if smaller:
             yield f"{model.label} is filled up with zeros, which nothing reads: {', '.join(smaller)}"
+    numbers = sum(
+        math.prod(shape(own.arrow, model.fit.sizes_of(own))) for model in found for own in model.fit.places.values()
+    )
+    stored = sum(tensor.parameters for tensor in planned)
+    if any(model.fit.lowrank is not None for model in found) and stored > numbers:
+        yield (
+            f"ranks and neurons differ between the models: {stored - numbers:,} of {stored:,} numbers are zeros that "
+            "fill up smaller factors"
+        )
     dtypes = sorted({model.source.dtypes[name] for model in found for name in model.fit.places})
     wide = sorted({tensor.dtype for tensor in planned})
     if len(dtypes) > len(wide):
@@ -217,26 +145,27 @@ def places_of(fitted: Fit) -> dict[tuple[tuple[str, ...], str, int | None], Plac
     return {place_key(place): place for place in fitted.places.values()}
 
 
-def _side_by_side(
-    place: Place, base: Model, found: Sequence[Model], places: Sequence[Place | None], sizes: Mapping[str, int]
-) -> PlannedTensor:
-    """The slices of all models, smaller ones filled up with zeros, in the file that the base's is in."""
-    whole = shape(place.arrow, sizes)
-    slices = [None if own is None else Slice(model, own) for model, own in zip(found, places, strict=True)]
+def _stack(whole: Fit, place: Place, slices: Sequence[Slice | None], source: str) -> PlannedTensor:
+    """The slices of all models that store it so, smaller ones filled up with zeros; zeros alone where it is None, of a
+    model that lacks the layer."""
+    sizes = whole.sizes_of(place)
+    size = shape(place.arrow, sizes)
     stored = [one for one in slices if one is not None]
     dtype = widest({one.dtype for one in stored})
-    copies = [one.rows for one in stored if one.shape == whole and not one.translated]
+    copies = [one.rows for one in stored if one.shape == size and not one.translated]
+    kind = COMPUTED.get(dtype, torch.float32)
 
     def compute(values: Tensors) -> Iterator[Tensor]:
         for one in slices:
-            block = None if one is None else one.read(values)
-            kind = torch.float64 if dtype == "F64" else torch.float32
-            block = torch.zeros(whole, dtype=kind) if block is None else block.to(kind)
-            yield padded(block, place.arrow, {} if one is None else one.model.fit.sizes, sizes)[None]
+            if one is None:
+                yield torch.zeros((1, *size), dtype=kind)
+            else:
+                own = one.model.fit.sizes_of(one.place)
+                yield padded(one.read(values).to(kind), place.arrow, own, sizes)[None]
 
     return PlannedTensor(
-        place.name, (len(found), *whole), dtype, numbered(base.number, place.name), compute, 16 * math.prod(whole),
-        copies=tuple(copies) if len(copies) == len(found) else (),
+        place.name, (len(slices), *size), dtype, source, compute, 16 * math.prod(size),
+        copies=tuple(copies) if len(copies) == len(slices) else (),
     )  # fmt: skip
 
 
@@ -248,9 +177,20 @@ class Slice:
     place: Place
 
     @property
+    def arrow(self) -> Arrow:
+        """As it is stored."""
+        return self.model.source.fit.places[self.place.name].arrow
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The axes' sizes as it is stored, with what fills it up there."""
+        source = self.model.source.fit
+        return source.sizes_of(source.places[self.place.name])
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """As it is stored, with the zeros that fill it up there."""
-        return shape(self.place.arrow, self.model.source.fit.sizes)
+        return shape(self.arrow, self.sizes)
 
     @property
     def dtype(self) -> str:
@@ -260,15 +200,18 @@ class Slice:
     @property
     def rows(self) -> Rows:
         """Where it lies among the tensors of all checkpoints."""
-        name, at = numbered(self.model.number, self.place.name), self.model.slice
-        return Rows(name, 0, self.shape[0]) if at is None else Rows(name, at, at + 1)
+        name, part = numbered(self.model.number, self.place.name), self.model.slice
+        if part is None:
+            return Rows(name, 0, self.shape[0])
+        at = self.model.source.fit.holders[self.place.name].index(part)
+        return Rows(name, at, at + 1)
 
     def read(self, values: Tensors) -> Tensor:
         """The model's own tensor, without what fills it up."""
         stored = values.read(self.rows.source) if self.model.slice is None else slice_of(values, self.rows)
-        whole = self.model.source.fit.sizes
-        own = cut(stored, self.place.arrow, whole, {**self.model.fit.sizes, _VOCAB: whole[_VOCAB]})
-        return own if not self.translated else translated(own, self.model.source.tokens or ())
+        whole, own = self.sizes, self.model.fit.sizes_of(self.place)
+        found = cut(stored, self.arrow, whole, {**own, VOCAB: whole[VOCAB]})
+        return found if not self.translated else translated(found, self.model.source.tokens or ())
 
     def reader(self, values: Tensors) -> Callable[[int, int], Tensor]:
         """What gives rows from..to of what `read` gives: no others are held where the file has the tensor as it is."""
@@ -285,7 +228,7 @@ class Slice:
     @property
     def translated(self) -> bool:
         """Whether its rows are another model's tokens."""
-        return self.model.source.tokens is not None and _VOCAB in self.place.arrow.axes
+        return self.model.source.tokens is not None and VOCAB in self.place.arrow.axes
 
 
 def slice_of(values: Tensors, rows: Rows) -> Tensor:

@@ -21,9 +21,11 @@ from tlt_cli.checkpoint.planned import PlannedTensor, Rows, Tensors
 from tlt_cli.checkpoint.together import numbered
 from tlt_cli.errors import TltError
 from tlt_cli.families import Place
+from tlt_cli.families.factors import refuse_factored
 from tlt_cli.families.sizes import edit_config
 from tlt_cli.model.describe import OF_ONE_PART, describe
-from tlt_cli.surgery.merge import Model, Slice, Source, counted, models, place_key, places_of, widest
+from tlt_cli.surgery.merge import Slice, place_key, places_of, widest
+from tlt_cli.surgery.mergeable import Model, Source, counted, models
 from tlt_cli.surgery.plan import Plan
 
 ADDED = ("hidden", "kv", "ffn")  # the axes that add up
@@ -87,6 +89,8 @@ def check_head_norms(sources: Sequence[Source], values: Tensors) -> None:
 
 
 def _check(found: Sequence[Model]) -> None:
+    for model in found:
+        refuse_factored(model.fit.lowrank, f"--layout stock, of {model.label},")
     first, one = found[0], describe(found[0].fit)
     if one["norm"] != "rms":
         raise TltError(

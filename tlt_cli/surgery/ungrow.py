@@ -27,6 +27,7 @@ from tlt_cli.surgery.targets import Sizes, current
 from tlt_cli.surgery.widen import Widening, narrow
 
 _TIE = "tie_word_embeddings"
+_WHOLE = {"from", "to", "was", "added", "config"}  # what a record must say
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,27 @@ def last_growth(lineage: Mapping[str, Any] | None, fit: Fit) -> Record | None:
     steps: Sequence[Mapping[str, Any]] = [*((lineage or {}).get("history") or ()), *([lineage] if lineage else [])]
     grown: list[Record] = []
     for step in steps:
-        details = step.get("details") or {}
-        if step.get("operation") == "grow" and {"from", "to", "was", "added", "config"} <= details.keys():
+        operation, details = step.get("operation"), step.get("details") or {}
+        parts = details.get("parts")  # of models side by side, what was done to every one of them
+        each = parts if isinstance(parts, list) and parts else [details]
+        if operation == "grow" and all(one.keys() >= _WHOLE for one in each):
             grown.append(Record(details, trained=False))
-        elif step.get("operation") == "train" and grown:
+        elif operation == "train" and grown:
             grown[-1] = replace(grown[-1], trained=True)
-        elif step.get("operation") == "slice" and details.get("undoes") == "grow" and grown:
+        elif operation == "slice" and grown and all(one.get("undoes") == "grow" for one in each):
             trained = grown.pop().trained
             grown[-1:] = [replace(one, trained=one.trained or trained) for one in grown[-1:]]
-        else:
+        elif operation != "slice" or not {"block", "weight"} <= details.keys():
             grown.clear()
-    return grown[-1] if grown and dict(grown[-1].details["to"]) == current(fit) else None
+        if details.get("block"):  # one of them taken out: what was done to it
+            grown = [of_it for one in grown if (of_it := _of_part(one, details["block"])) is not None]
+    return grown[-1] if grown and dict(grown[-1].details.get("to", {})) == current(fit) else None
+
+
+def _of_part(record: Record, block: str) -> Record | None:
+    """What a growth of several models side by side did to the one that --block named; None where it was of one."""
+    parts, number = record.details.get("parts") or (), int(block.partition("/")[0])
+    return replace(record, details=parts[number - 1]) if number <= len(parts) else None
 
 
 def ungrown(fit: Fit, dtypes: Mapping[str, str], record: Record) -> tuple[Fit, Plan]:
