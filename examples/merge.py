@@ -221,7 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--part-lr", type=float, default=3e-3)
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 5e-3, 1e-2], help="a third of these for all weights")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[3e-3, 5e-3, 1e-2], help="a third of these for all weights"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
 
