@@ -53,6 +53,22 @@ def test_it_is_put_in_and_is_exact(made: Path) -> None:
     assert dry["glue"]["kind"] == "full" and not Path("dry").exists()
 
 
+def test_what_is_merged_already_gets_glue(made: Path) -> None:
+    """The same as merging with glue at once; without glue there is nothing to do, nor of a single model."""
+    report("merge", made / "part0", made / "part1", "-o", "merged")
+    report("merge", "merged", "--glue", "lowrank", "--glue-rank", 2, "-o", "late")
+    assert same_bits(Path("late"), made / "glued")
+    groups = [json.loads((folder / "config.json").read_text())["groups"] for folder in (Path("late"), made / "glued")]
+    assert groups[0] == groups[1]
+    for source, more, code, match in (
+        ("merged", (), 2, "merged already takes --glue"),
+        (made / "part0", ("--glue", "full"), 1, "takes two or more"),
+        (made / "glued", ("--glue", "full"), 1, "glued together"),
+    ):
+        result = tlt("merge", source, *more, "-o", "none")
+        assert result.exit_code == code and match in result.stderr and not Path("none").exists()
+
+
 def test_nothing_else_is_trained(made: Path) -> None:
     before, after = weights_of(made / "glued"), weights_of(made / "trained")
     assert before.keys() == after.keys()

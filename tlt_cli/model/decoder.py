@@ -20,7 +20,7 @@ from tlt_cli.model.step import Cache, Step, frequencies, rotate
 Fetch = Callable[[str], Tensor]
 FetchRows = Callable[[str, Tensor], Tensor]
 
-HEAD_ROWS = 16384  # words of the vocabulary whose logits are computed at a time
+HEAD_ROWS = 16384  # words of the vocabulary whose logits a decoder without weights computes at a time
 _STREAMED_ENTRIES = 1 << 20  # of the head that a decoder without weights fetches at a time
 STEM = ("embedding", "positions", "final_norm", "head")
 HEAD_NORMS = ("query_norm", "key_norm")  # over a head's entries; all others are over the stream's
@@ -470,7 +470,7 @@ class Decoder(nn.Module):
         return self.head(self.normalize(x, "final_norm"))
 
     def head(self, x: Tensor) -> Tensor:
-        """The normalized stream [B, T, H] -> logits [B, T, V], a chunk of the vocabulary at a time."""
+        """The normalized stream [B, T, H] -> logits [B, T, V]; without weights a chunk of the vocabulary at a time."""
         data = self.description
         spot = data["roles"]["embedding" if data["tied"] else "head"]
         slot, name, vocab, transposed = spot["name"], spot["name"] + ".weight", data["vocab"], spot["transposed"]
@@ -485,7 +485,7 @@ class Decoder(nn.Module):
                 rows = self.rows(name, torch.arange(first, last, device=x.device))
             else:
                 whole = self.factor(name)
-                rows = (whole.T if transposed else whole)[first:last]
+                rows = some_rows(whole.T if transposed else whole, first, last)
             chunks.append(functional.linear(x, rows, bias if bias is None else bias[first:last]))
         self._held = None
         logits = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=-1)
@@ -494,9 +494,9 @@ class Decoder(nn.Module):
 
     @property
     def _head_rows(self) -> int:
-        """Words whose logits are computed at a time."""
-        if self._fetch_rows is None:
-            return HEAD_ROWS
+        """Words whose logits are computed at a time: all, for the gradient of a slice is as large as the whole."""
+        if self._fetch is None:
+            return int(self.description["vocab"])
         return min(HEAD_ROWS, max(256, _STREAMED_ENTRIES // int(self.description["hidden"])))
 
     # --- names and shapes --------------------------------------------------------------------------------------
@@ -581,3 +581,8 @@ class Decoder(nn.Module):
         else:
             module.register_buffer(leaf, value)
         self._leaves[name] = (module, leaf)
+
+
+def some_rows(matrix: Tensor, first: int, last: int) -> Tensor:
+    """Rows from..to of a matrix, itself where that is all: the gradient of a slice is filled up with zeros."""
+    return matrix if last - first == len(matrix) else matrix[first:last]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tlt_cli.model.decoder import STEM, Decoder
+from tlt_cli.model.decoder import STEM, Decoder, some_rows
 from tlt_cli.model.grouped_factors import Stacked
 from tlt_cli.model.step import Step, frequencies, rotate
 
@@ -240,14 +240,15 @@ class Grouped(Stacked):
         if self._by_itself("embedding" if data["tied"] else "head", 0):
             each = zip(self._own, streams, weights, strict=True)
             return sum((weight * part.head(stream) for part, stream, weight in each), start=x.new_zeros(()))
+        by_rows = self._fetch_rows is not None and not spot["transposed"]
+        heads = () if by_rows else self.weight(name).unbind()
         for first in range(0, vocab, self._head_rows):
             last, total = min(first + self._head_rows, vocab), None
             for part, (stream, weight) in enumerate(zip(streams, weights, strict=True)):
-                if self._fetch_rows is not None and not spot["transposed"]:
+                if by_rows:
                     rows = self.rows(name, torch.arange(first, last, device=x.device) + part * vocab)
                 else:
-                    whole = self.weight(name)[part]
-                    rows = (whole.T if spot["transposed"] else whole)[first:last]
+                    rows = some_rows(heads[part].T if spot["transposed"] else heads[part], first, last)
                 logits = functional.linear(stream, rows, None if biases is None else biases[part, first:last])
                 logits = weight * (logits if cap is None else torch.tanh(logits / cap) * cap)
                 total = logits if total is None else total + logits
@@ -265,7 +266,7 @@ class Grouped(Stacked):
                 rows = self.rows(name, torch.arange(first, last, device=x.device))
             else:
                 whole = self.weight(name)
-                rows = (whole.T if transposed else whole)[first:last]
+                rows = some_rows(whole.T if transposed else whole, first, last)
             chunks.append(functional.linear(x, rows))
         self._held = None
         logits = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=-1)

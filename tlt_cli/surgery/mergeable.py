@@ -73,8 +73,8 @@ def models(sources: Sequence[Source], weights: Sequence[float]) -> list[Model]:
 
 def counted(sources: Sequence[Source], weights: Sequence[float] | None) -> list[Model]:
     """`models`, checked: that they can be merged at all, and the weights."""
-    if len(sources) < 2:
-        raise TltError(f"{len(sources)} checkpoint given; merging takes two or more")
+    if not sources or (len(sources) == 1 and sources[0].fit.groups is None):
+        raise TltError(f"{len(sources)} model given; merging takes two or more, or one that is merged already")
     shares = [1 / len(sources)] * len(sources) if weights is None else list(weights)
     check_weights(shares, len(sources))
     found = models(sources, shares)

@@ -22,6 +22,7 @@ from tlt_cli.training.windows import IGNORED, Batch, targets
 
 KL = "kl"  # what a divergence from a teacher is called in logs and reports
 LOGIT_BYTES = 1 << 28  # of logits that are kept at once; larger ones are made again on the way back
+ROOM = 8  # times as many on an accelerator: each piece costs a pass over the head's weights and their gradient
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,11 @@ def read_stream(decoder: Decoder, batch: Batch, read: Callable[[Tensor], Any]) -
 
 
 def in_chunks(loss: Callable[[Tensor, Tensor], Tensor], decoder: Decoder, stream: Tensor, *, wanted: Tensor) -> Tensor:
-    """The sum of loss(stream [1, n, H], wanted [n]), a number or several, over chunks whose logits fit LOGIT_BYTES."""
+    """The sum of loss(stream [1, n, H], wanted [n]), a number or several, over chunks whose logits fit LOGIT_BYTES,
+    or ROOM times that on an accelerator."""
     flat, wanted = stream.flatten(0, 1)[None], wanted.flatten()
-    most = max(1, LOGIT_BYTES // (4 * int(decoder.description["vocab"])))
+    room = LOGIT_BYTES * (1 if stream.device.type == "cpu" else ROOM)
+    most = max(1, room // (4 * int(decoder.description["vocab"])))
     if flat.shape[1] <= most:
         return loss(flat, wanted)
     parts = [
