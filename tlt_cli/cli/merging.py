@@ -71,8 +71,8 @@ def merge_checkpoints(
         raise UsageError("--glue stands between models that lie side by side: --layout grouped")
     if len(sources) < 2 and not gluing.present and layout == "grouped":
         raise UsageError(
-            f"tlt merge takes two or more models, and {len(sources)} was given; one that is merged already takes --glue "
-            "or --layout stock"
+            f"tlt merge takes two or more models, and {len(sources)} was given; one that is merged already takes "
+            "--glue or --layout stock"
         )
     with joined() as team:
         with team.together():  # what one of several ranks refuses, all do
