@@ -429,6 +429,8 @@ def test_row_numbers_that_are_none(tmp_path: Path, rows: list[int], stream: bool
         (f"{SLOT}.0", {"ranks": {f"{SLOT}.0": 3}}),
         ("shared", {"ranks": {SLOT: 3}, "shared": {SLOT: SLOT}}),
         ("shared", {"shared": {"x": SLOT}}),
+        ("shared", {"ranks": {SLOT: 3}, "shared": {SLOT: []}}),
+        ("bits", {"ranks": {SLOT: 3}, "bits": 8.0}),
         ("pivoted", {"ranks": {SLOT: 3}, "pivoted": {SLOT: [0, 4]}}),
         ("pivoted", {"ranks": {SLOT: 3}, "pivoted": {SLOT: True}}),
         ("lm_head", {"ranks": {"lm_head": 3}, "pivoted": {"lm_head": [0, 3]}}),

@@ -280,6 +280,10 @@ def test_weights_are_changed_in_the_config(tmp_path: Path) -> None:
     assert missed(other, run(one.folder)) <= BOUND
     with torch.no_grad():
         assert apart(remote(one.folder)(some_ids()).logits, other.mean()) <= BOUND
+    for wrong in ([0.9, 0.2], [1.0, 0.0]):
+        path.write_text(json.dumps({**config, "groups": {**config["groups"], "weights": wrong}}))
+        with pytest.raises(TltError, match=r"config.json: groups.weights must be numbers that add up to 1"):
+            opened(one.folder)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))

@@ -480,6 +480,7 @@ def test_what_cannot_lie_side_by_side(tmp_path: Path) -> None:
     for parts, match in (
         ([pivoted, wide], "rotary=4 and rotary=8.*tlt fold"),
         ([plain, coded(tmp_path / "coded", made[1])], "8-bit codes.*tlt fold"),
+        ([plain, coded(tmp_path / "of that name" / plain.folder.name, made[1])], "8-bit codes.*tlt fold"),
     ):
         with pytest.raises(TltError, match=match) as error:
             merged(tmp_path / "merged", parts)

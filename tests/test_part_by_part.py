@@ -434,6 +434,12 @@ def test_what_is_refused(models: Path, command: list[Any], code: int, message: s
     assert message in refused(command[0], models / command[1], *command[2:], code=code)
 
 
+def test_a_text_of_other_tokens_is_refused(models: Path) -> None:
+    for source in ("merged", "part0"):
+        said = refused("slice", models / source, "--vocab", 5, "--data", models / "text.txt", code=1)
+        assert "the text has none of the model's 5 tokens" in said
+
+
 @pytest.mark.parametrize("kind", ["glued", "folded"])
 def test_parts_that_are_no_models_any_more(models: Path, kind: str) -> None:
     source = models / "part0"

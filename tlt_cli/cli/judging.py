@@ -43,7 +43,8 @@ def judge(opened: Opened, request: Request, text: Tokens | None, staged: Checkpo
     found: dict[str, Any] = {}
     if text is not None:
         assert opened.fitted is not None
-        written = fit({name: info.shape for name, info in staged.tensors.items()}, staged.config, family=request.family)
+        shapes = {name: info.shape for name, info in staged.tensors.items()}
+        written = fit(shapes, staged.config, family=opened.fitted.family)
         read = read_with(load_decoder(staged, written, device=request.device), opened.fitted, text, request)
         found |= {**read, "corpus": text.info["source"], "corpus_sha256": text.info["sha256"]}
         if request.max_perplexity is not None and read["perplexity"] > request.max_perplexity:

@@ -72,7 +72,8 @@ class _Made:
     report: dict[str, Any]
     details: dict[str, Any]
     exact: bool
-    room: int
+    taken: int  # bytes of the part as it was, which go before the next one is taken out
+    made: int
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class _Work:
         before = sum(prod(info.shape) for info in part.tensors.values())
         return _Made(
             opened, before, {"name": own.name, "weight": own.weight, **kept}, plan.details, plan.exact,
-            size + report["bytes"],
+            size, report["bytes"],
         )  # fmt: skip
 
     def merged(self, parts: Sequence[_Made], *, dry: bool, out: Output) -> Outcome:
@@ -221,7 +222,8 @@ def part_by_part(
         told = work.merged(planned, dry=True, out=out if writing.dry_run else Output(quiet=True))
         if writing.dry_run:
             return told
-        check_room(writing.output, told.report["bytes"] + sum(part.room for part in planned))
+        room = sum(part.made for part in planned) + max(part.taken for part in planned)
+        check_room(writing.output, told.report["bytes"] + room)
     elif writing.dry_run:
         raise refuse_dry(command.reads)
     with room_for_parts(writing.output) as folder:
@@ -231,7 +233,12 @@ def part_by_part(
 def _shared(notes: Sequence[Sequence[str]], labels: Sequence[str]) -> list[str]:
     """The notes of all parts: those that every part has once, the others under its name."""
     alike = [text for text in notes[0] if all(text in other for other in notes[1:])]
-    own = [f"{name}: {text}" for name, texts in zip(labels, notes, strict=True) for text in texts if text not in alike]
+    own = [
+        text if text.startswith(f"{name}:") else f"{name}: {text}"
+        for name, texts in zip(labels, notes, strict=True)
+        for text in texts
+        if text not in alike
+    ]
     return [*alike, *own]
 
 

@@ -126,7 +126,7 @@ def read_lowrank(config: Mapping[str, Any] | None, where: str = KEY) -> LowRank 
                 raise TltError(f"config.json: {where}.{key} names {slot}, which has no rank{nearest(slot, ranks)}")
     shared = entries("shared")
     for slot, owner in shared.items():
-        if owner not in ranks or owner in shared or ranks[owner] != ranks[slot]:
+        if not isinstance(owner, str) or owner not in ranks or owner in shared or ranks[owner] != ranks[slot]:
             raise TltError(
                 f"config.json: {where}.shared.{slot} must name a slot of the same rank that has its {RIGHT} to itself, "
                 f"not {shortened(owner)}"
@@ -147,7 +147,7 @@ def read_lowrank(config: Mapping[str, Any] | None, where: str = KEY) -> LowRank 
         ffn[int(layer)] = whole(f"ffn.{layer}", size)
     stock = read_stock(given, where)
     bits = given.get("bits")
-    if bits is not None and (isinstance(bits, bool) or bits != BITS):
+    if bits is not None and (type(bits) is not int or bits != BITS):
         raise TltError(f"config.json: {where}.bits must be {BITS}, or not be there, not {shortened(bits)}")
     return LowRank(ranks, dict(shared), pivoted, ffn, stock, bits)
 

@@ -29,7 +29,7 @@ TOLERANCE = 1e-6  # how far from 1 weights may add up to
 
 @dataclass(frozen=True)
 class Part:
-    """One of the models: what it was called, the digest of its file, its share of the logits.
+    """One of the models: what it was called, the digest of the file that it was merged from, its share of the logits.
 
     `config` are the keys of its config.json that the checkpoint's own does not say, or says otherwise; `lacks` those
     that it does not say at all. `lowrank` says which of its matrices are stored as factors; None where all are plain.
@@ -110,6 +110,8 @@ def read_groups(config: Mapping[str, Any] | None) -> Groups | None:
     _check(type(count) is int and count == len(listed), "count", f"{len(listed)}, as many as parts are listed", count)
     numbers = isinstance(weights, list) and all(_number(weight) for weight in weights)
     _check(numbers and len(weights) == len(listed), "weights", f"a list of {len(listed)} numbers", weights)
+    whole = all(weights) and abs(sum(weights) - 1) <= TOLERANCE
+    _check(whole, "weights", "numbers that add up to 1, none of them 0", weights)
     parts = []
     for number, (one, weight) in enumerate(zip(listed, weights, strict=True)):
         _check(isinstance(one, dict), f"parts[{number}]", "an object", one)
@@ -204,7 +206,7 @@ def refuse_grouped(groups: Groups | None, what: str) -> None:
         count = len(groups.parts)
         raise TltError(
             f"this checkpoint is {count} models side by side; {what} needs one model: take each out with "
-            f"`tlt slice SRC --block 1/{count}`, and merge what becomes of them again"
+            f"`tlt slice SRC --block 1/{count}`"
         )
 
 

@@ -118,14 +118,16 @@ def check_stacks(whole: Fit) -> None:
                 check_ranks(part.sizes, whole.family, part.lowrank)
             except TltError as error:
                 raise TltError(f"part {number + 1} of {KEY} ({own.name}): {error}") from error
-    coded = {own.name: own.lowrank.bits is not None for own in whole.groups.parts if own.lowrank and own.lowrank.ranks}
-    if len({*coded.values()}) > 1:
-        codes, numbers = (next(name for name in coded if coded[name] is kind) for kind in (True, False))
+    coded = [  # several may have one name
+        (own.name, own.lowrank.bits is not None) for own in whole.groups.parts if own.lowrank and own.lowrank.ranks
+    ]
+    if len({kind for _, kind in coded}) > 1:
+        codes, numbers = (next(name for name, kind in coded if kind is wanted) for wanted in (True, False))
         raise TltError(
             f"the factors of {codes} are 8-bit codes and those of {numbers} are not; `tlt fold` one of them first"
         )
     if coded and whole.groups.dense:
-        raise TltError(f"config.json: {KEY}.dense names linears across all parts, but {next(iter(coded))} has factors")
+        raise TltError(f"config.json: {KEY}.dense names linears across all parts, but {coded[0][0]} has factors")
     narrow = next((own.name for own in whole.groups.parts if own.lowrank is not None and own.lowrank.ffn), None)
     if narrow is not None and whole.groups.glue is not None:
         raise TltError(f"layers of {narrow} lack neurons, and glue is as wide in all layers; `tlt fold` {narrow} first")

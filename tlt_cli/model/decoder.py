@@ -495,7 +495,7 @@ class Decoder(nn.Module):
     @property
     def _head_rows(self) -> int:
         """Words whose logits are computed at a time: all, for the gradient of a slice is as large as the whole."""
-        if self._fetch is None:
+        if self._fetch_rows is None:
             return int(self.description["vocab"])
         return min(HEAD_ROWS, max(256, _STREAMED_ENTRIES // int(self.description["hidden"])))
 

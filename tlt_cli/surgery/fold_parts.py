@@ -51,6 +51,8 @@ def fold_parts(fitted: Fit, dtypes: Mapping[str, str]) -> Plan:
     notes = [
         f"{part.name}: {note}" for part, plan in zip(groups.parts, plans, strict=True) for note in plan.notes
     ]  # fmt: skip
+    if groups.glue is not None:
+        notes.append("the glue between the models stays; fold the output once more to fold that too")
     return Plan(
         operation="fold",
         tensors=tuple(tensors),

@@ -120,8 +120,8 @@ def _notes(found: Sequence[Model], sizes: Mapping[str, int], planned: Sequence[P
     stored = sum(tensor.parameters for tensor in planned)
     if any(model.fit.lowrank is not None for model in found) and stored > numbers:
         yield (
-            f"ranks and neurons differ between the models: {stored - numbers:,} of {stored:,} numbers are zeros that "
-            "fill up smaller factors"
+            f"sizes or ranks differ between the models: {stored - numbers:,} of {stored:,} numbers are zeros that fill "
+            "up smaller tensors"
         )
     dtypes = sorted({model.source.dtypes[name] for model in found for name in model.fit.places})
     wide = sorted({tensor.dtype for tensor in planned})

@@ -58,6 +58,8 @@ def sample_tokens(fitted: Fit, text: Tensor | None = None, *, seed: int = 0) -> 
     seen = [describe(one)["positions"] or 64 for one in fitted.parts]
     longest = min(64, *seen, max(2, _MOST_LOGITS // (4 * fitted.sizes["vocab"])))
     if text is not None:
+        if not len(text):
+            raise TltError(f"the text has none of the model's {fitted.sizes['vocab']:,} tokens; give another one")
         longest = min(longest, len(text))
     ids = torch.randint(0, fitted.sizes["vocab"], (2, longest), generator=torch.Generator().manual_seed(seed))
     if text is None:

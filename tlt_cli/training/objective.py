@@ -22,7 +22,7 @@ from tlt_cli.training.windows import IGNORED, Batch, targets
 
 KL = "kl"  # what a divergence from a teacher is called in logs and reports
 LOGIT_BYTES = 1 << 28  # of logits that are kept at once; larger ones are made again on the way back
-ROOM = 8  # times as many on an accelerator: each piece costs a pass over the head's weights and their gradient
+ROOM = 4  # times as many on an accelerator: each piece costs a pass over the head's weights and their gradient
 
 
 @dataclass(frozen=True)
