@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Annotated
 
 import typer
@@ -52,4 +53,7 @@ app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 
 def main() -> None:
     """The `tlt` command."""
-    app(prog_name="tlt")
+    try:
+        app(prog_name="tlt")
+    finally:
+        gc.freeze()  # Python looks through all objects once more at its end: of torch's that takes 0.4 s
