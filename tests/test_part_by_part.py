@@ -17,6 +17,7 @@ from family_zoo import ZOO, make_checkpoint, some_ids, stock_logits
 from merging import same_bits
 from safetensors.torch import load_file
 from test_cli_grow import contents, header, tlt
+from test_cli_merge import TEXT, elsewhere  # noqa: F401
 from test_ranks import run_ranks
 from torch import Tensor
 
@@ -30,24 +31,14 @@ from tlt_cli.surgery import merge as surgery
 BOUND = 1e-5  # of the logits' deviation, float32
 WRONG = 1e-2  # what a wrong variant must miss by
 WEIGHTS = (0.25, 0.75)
-TEXT = "Es war einmal ein kleines Modell, das rechnete wie zwei. " * 30
 everywhere = pytest.mark.parametrize("family", ZOO)
 both_ways = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-pytestmark = pytest.mark.usefixtures("modules_cache")
+pytestmark = pytest.mark.usefixtures("modules_cache", "elsewhere")
 
 LAYERS = {"gpt2": "n_layer"}
 DEEPER = {family: {LAYERS.get(family, "num_hidden_layers"): 5} for family in ZOO} | {
     "gemma3": {"intermediate_size": 40}  # whose config.json lists its layers' kinds
 }
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test has an empty current folder, and lines that no terminal breaks."""
-    monkeypatch.setenv("_TYPER_FORCE_DISABLE_TERMINAL", "1")
-    monkeypatch.delenv("TLT_DEBUG", raising=False)
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
 
 
 @pytest.fixture(scope="module")

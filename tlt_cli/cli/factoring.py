@@ -136,7 +136,9 @@ def factor_checkpoint(source: str | Checkpoint, request: Request, *, plot: Path 
     output = request.output or derived_output(checkpoint, f"{sized}{getattr(request, sized)}")
     check_target(output, checkpoint, force=request.force)
     if fitted is not None and fitted.groups is not None:
-        return _part_by_part(checkpoint, fitted, request, output=output, kind=kind, out=out)
+        from tlt_cli.cli.factoring_parts import factor_parts
+
+        return factor_parts(checkpoint, fitted, request, output=output, kind=kind, out=out)
     refuse_grouped(read_groups(checkpoint.config), "factoring")
     opened = with_matrices(checkpoint, fitted, request)
     if request.compresses:
@@ -147,43 +149,6 @@ def factor_checkpoint(source: str | Checkpoint, request: Request, *, plot: Path 
     made = decomposed(opened, request, out=out)
     ranks = chosen_ranks(opened, request, made, out=out)
     return write_ranks(opened, request, ranks, made, output=output, kind=kind, out=out, begun=begun)
-
-
-def _part_by_part(
-    checkpoint: Checkpoint, fitted: Fit, request: Request, *, output: Path, kind: str | None, out: Output
-) -> Outcome:
-    """Every one of merged models factored, and merged again; all together read the request's text."""
-    from tlt_cli.cli.part_by_part import Command, part_by_part
-
-    def run(part: Checkpoint, output: Path, table: str | None, out: Output, dry: bool) -> Outcome:
-        own = replace(
-            request, output=output, family=table, axes=None, force=False, dry_run=dry, max_shard_size=None, eval=None,
-            max_perplexity=None,
-        )  # fmt: skip
-        return factor_checkpoint(part, own, out=out)
-
-    whole = Opened(checkpoint, fitted, checkpoint.tensors, ())
-    text = eval_text(whole, request, out=out)
-    writing = Writing(
-        output=output, force=request.force, dry_run=request.dry_run, max_shard_size=request.max_shard_size,
-        jobs=request.jobs,
-    )  # fmt: skip
-    begun = time.perf_counter()
-    command = Command(
-        operation="factor", participle="factored", words=factor_command(whole, request, kind, None), run=run,
-        reads=request.reads,
-        judge=None if text is None else lambda staged: judge(whole, request, text, open_checkpoint(staged)),
-    )  # fmt: skip
-    outcome = part_by_part(
-        checkpoint, fitted, command, out=out, writing=writing, family=request.family, verify=request.verify,
-        seed=request.seed,
-    )  # fmt: skip
-    seconds = {
-        f"{number}:{matrix}": passed
-        for number, part in enumerate(outcome.report["parts"], 1)
-        for matrix, passed in part["matrix_seconds"].items()
-    }
-    return with_seconds(outcome, seconds, begun)
 
 
 def write_ranks(
