@@ -35,8 +35,9 @@ from tlt_cli.cli.factoring import (
 )
 from tlt_cli.cli.growing import table_files
 from tlt_cli.cli.judging import eval_text, judge
+from tlt_cli.cli.opening import fitted_like
 from tlt_cli.errors import TltError, UsageError
-from tlt_cli.families import Fit, fit
+from tlt_cli.families import Fit
 from tlt_cli.model.compare import compare
 from tlt_cli.model.weights import load_checkpoint
 from tlt_cli.surgery.factor import GLOBAL
@@ -209,8 +210,7 @@ def _verified(
     pieces = Blocks(opened.checkpoint, fitted, keeps=False)
     for layer in range(pieces.layers):
         install(made, pieces, fitted, opened.found, layer)
-    shapes = {name: info.shape for name, info in staged.tensors.items()}
-    fit_written = fit(shapes, staged.config, family=fitted.family)
+    fit_written = fitted_like(staged, fitted)
     written = load_checkpoint(staged, fit_written, stream=True)
     found = compare(pieces.decoder, written, ids)
     precision = max(torch.finfo(torch_dtype(t.dtype)).eps for t in plan.tensors if t.dtype[0] in "FB")

@@ -8,9 +8,9 @@ from tlt_cli.checkpoint.lazy import Checkpoint
 from tlt_cli.cli.console import Output
 from tlt_cli.cli.factor_request import Request
 from tlt_cli.cli.measuring import USUAL_CONTEXT, positions, windows_at_once
-from tlt_cli.cli.opening import load_decoder, tokenizer_for
+from tlt_cli.cli.opening import fitted_like, load_decoder, tokenizer_for
 from tlt_cli.errors import TltError
-from tlt_cli.families import Fit, fit
+from tlt_cli.families import Fit
 from tlt_cli.model.decoder import Decoder
 from tlt_cli.model.perplexity import perplexity
 from tlt_cli.model.text import Tokens, load_tokens
@@ -43,8 +43,7 @@ def judge(opened: Opened, request: Request, text: Tokens | None, staged: Checkpo
     found: dict[str, Any] = {}
     if text is not None:
         assert opened.fitted is not None
-        shapes = {name: info.shape for name, info in staged.tensors.items()}
-        written = fit(shapes, staged.config, family=opened.fitted.family)
+        written = fitted_like(staged, opened.fitted)
         read = read_with(load_decoder(staged, written, device=request.device), opened.fitted, text, request)
         found |= {**read, "corpus": text.info["source"], "corpus_sha256": text.info["sha256"]}
         if request.max_perplexity is not None and read["perplexity"] > request.max_perplexity:

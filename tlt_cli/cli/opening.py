@@ -172,6 +172,11 @@ def opened_if_known(
         return checkpoint, None
 
 
+def fitted_like(made: Checkpoint, source: Fit) -> Fit:
+    """The fit of a checkpoint that was made of a fitted one, by the same table."""
+    return fit({name: info.shape for name, info in made.tensors.items()}, made.config, family=source.family)
+
+
 def _fitted(checkpoint: Checkpoint, *, out: Output, family: str | None, sizes: Mapping[str, int]) -> Fit:
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     try:

@@ -24,7 +24,7 @@ from tlt_cli.cli.console import Meter, Output
 from tlt_cli.cli.execute import Outcome, Writing, carry_out
 from tlt_cli.cli.growing import table_files
 from tlt_cli.cli.merging import verification_ids
-from tlt_cli.cli.opening import own_table
+from tlt_cli.cli.opening import fitted_like, own_table
 from tlt_cli.cli.taking_out import (
     blaming,
     label,
@@ -35,7 +35,7 @@ from tlt_cli.cli.taking_out import (
     room_for_parts,
     taken_out,
 )
-from tlt_cli.families import Fit, fit
+from tlt_cli.families import Fit
 from tlt_cli.families.groups import Groups
 from tlt_cli.surgery.merge import Source, merge
 from tlt_cli.surgery.verify import check
@@ -145,7 +145,7 @@ class _Work:
 
     def merged(self, parts: Sequence[_Made], *, dry: bool, out: Output) -> Outcome:
         """What became of the parts, side by side again."""
-        found = [(part.checkpoint, _fitted(part.checkpoint, self.fitted)) for part in parts]
+        found = [(part.checkpoint, fitted_like(part.checkpoint, self.fitted)) for part in parts]
         sources = [
             Source(own, {name: info.dtype for name, info in checkpoint.tensors.items()}, part.name, part.sha256)
             for (checkpoint, own), part in zip(found, self.groups.parts, strict=True)
@@ -240,11 +240,6 @@ def _shared(notes: Sequence[Sequence[str]], labels: Sequence[str]) -> list[str]:
         if text not in alike
     ]
     return [*alike, *own]
-
-
-def _fitted(checkpoint: Checkpoint, whole: Fit) -> Fit:
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    return fit(shapes, checkpoint.config, family=whole.family)
 
 
 def _several(sizes: Iterator[int]) -> str:

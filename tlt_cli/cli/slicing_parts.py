@@ -11,12 +11,12 @@ from tlt_cli.checkpoint.lazy import Checkpoint
 from tlt_cli.checkpoint.reader import open_checkpoint
 from tlt_cli.cli.console import Output
 from tlt_cli.cli.execute import Outcome, Writing
-from tlt_cli.cli.opening import opened, own_table
+from tlt_cli.cli.opening import fitted_like, opened, own_table
 from tlt_cli.cli.part_by_part import Command, part_by_part
 from tlt_cli.cli.slice_request import Request
 from tlt_cli.cli.slicing import slice_checkpoint, slice_opened, text_of, which
 from tlt_cli.cli.taking_out import blaming, label, nowhere, refuse_dry, refuse_glued, room_for_parts, taken_out
-from tlt_cli.families import Fit, fit
+from tlt_cli.families import Fit
 from tlt_cli.model.compare import distance
 from tlt_cli.model.nested import parse_block
 from tlt_cli.model.weights import load_checkpoint
@@ -40,7 +40,7 @@ def slice_parts(
         """How far all together are from what they were, on the text."""
         assert text is not None
         written = open_checkpoint(staged)
-        small = fit({name: info.shape for name, info in written.tensors.items()}, written.config, family=fitted.family)
+        small = fitted_like(written, fitted)
         vocab = small.sizes["vocab"]
         ids = sample_tokens(small, text[text < vocab], seed=request.seed)[2:]
         whole = load_checkpoint(checkpoint, fitted, stream=True)(ids)[..., :vocab]
